@@ -1,0 +1,79 @@
+"""What a person sees while a fit runs: a progress bar in a terminal, two lines an epoch elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich.progress import ProgressColumn
+
+from src.callbacks.curves import Curves
+
+
+def progress_callback(curves: Curves) -> pl.Callback:
+    """Return the bar if standard output is a terminal, else the lines."""
+    return LiveBar(curves) if sys.stdout.isatty() else EpochLines(curves)
+
+
+class LiveBar(RichProgressBar):
+    """Lightning's Rich progress bar with epoch, train/loss, val/acc, images/s and lr.
+
+    Args:
+        curves: Where the values come from; reading them costs no synchronisation with the device.
+    """
+
+    def __init__(self, curves: Curves) -> None:
+        theme = RichProgressBarTheme(metrics_text_delimiter="  ")
+        super().__init__(refresh_rate=5, leave=True, theme=theme)
+        self.curves = curves
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[ProgressColumn]:
+        """Leave out batches a second: the metrics show images a second."""
+        columns: list[ProgressColumn] = super().configure_columns(trainer)
+        return columns[:-1]
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Return the values to show, in this order."""
+        return format_values(self.curves.latest, ("train/loss", "val/acc", "images/s", "lr"))
+
+
+class EpochLines(pl.Callback):
+    """Prints two lines an epoch, for logs and pipes.
+
+    Args:
+        curves: Where the speed and the lr come from.
+    """
+
+    def __init__(self, curves: Curves) -> None:
+        self.curves = curves
+        self._began = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of the epoch."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print what training and validation gave."""
+        if not trainer.is_global_zero:
+            return
+        values = {**self.curves.latest, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
+        train = format_values(values, ("train/loss", "train/acc", "images/s", "lr"))
+        val = format_values(values, ("val/loss", "val/acc"))
+        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        head = f"epoch {trainer.current_epoch + 1}{last}"
+        seconds = f"{time.perf_counter() - self._began:.1f} s"
+        sys.stdout.write(f"{head}  step {trainer.global_step}  {_join(train)}\n")
+        sys.stdout.write(f"{' ' * len(head)}  {_join(val) if val else 'no validation'}  {seconds}\n")
+        sys.stdout.flush()
+
+
+def format_values(values: dict[str, float], names: tuple[str, ...]) -> dict[str, str]:
+    """Return the named values that are known, each in the form a person reads best."""
+    forms = {"images/s": ",.0f", "lr": ".3g"}
+    return {name: format(values[name], forms.get(name, ".4f")) for name in names if name in values}
+
+
+def _join(values: dict[str, str]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in values.items())

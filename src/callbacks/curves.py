@@ -1,0 +1,139 @@
+"""The live curves of a fit: train/loss, train/acc, lr and images/s against the optimizer step.
+
+    tensorboard --logdir lightning_logs
+
+What is written is decided by the step, never by the wall clock, so that equal runs write equal curves: a point for
+every `log_every_n_steps` optimizer steps, the mean over all images since the last point, over all ranks. The hot path
+only keeps references to tensors on the device; they are read when a point is due, on a GPU one point late.
+"""
+
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from src.data.loader import Batch
+
+
+class Point(NamedTuple):
+    """One point of the curves, perhaps still on its way from the device."""
+
+    step: int
+    sums: Tensor
+    copied: torch.cuda.Event | None
+    rates: dict[str, float]
+
+
+class Curves(pl.Callback):
+    """Collects what training measures, and logs it.
+
+    Attributes:
+        latest: The newest values that were logged, by name.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self._interval: list[tuple[Tensor, Tensor, int, int]] = []
+        self._epoch: list[tuple[Tensor, Tensor, int, int]] = []
+        self._points: deque[Point] = deque()
+        self._lrs: dict[str, float] = {}
+        self._step = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of images/s."""
+        self._step, self._since = trainer.global_step, time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the sums of an epoch."""
+        self._epoch.clear()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the lr that this step will use: afterwards the schedule has moved on."""
+        self._lrs = {}
+        for group in trainer.optimizers[0].param_groups:
+            name = f"lr/{group['name']}" if group.get("name") else "lr"
+            self._lrs.setdefault(name, float(group["lr"]))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Keep what the step measured, and make a point of it when one is due."""
+        measured = (outputs["loss"], outputs["correct"], len(batch.ids), batch.total)
+        self._interval.append(measured)
+        self._epoch.append(measured)
+        every = trainer.log_every_n_steps
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            if every and self._step % every == 0:
+                self._add_point(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock of images/s."""
+        self._since -= time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the clock of images/s run on, and remember what validation found."""
+        self._since += time.perf_counter()
+        if not trainer.sanity_checking:
+            self.latest |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Offer the means of the epoch to other callbacks (early stopping, checkpoints)."""
+        self._write(trainer, wait=True)
+        if self._epoch:
+            means = _means(_sums(self._epoch, trainer).tolist())
+            pl_module.log_dict(means, logger=False, sync_dist=trainer.world_size > 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the steps since the last point."""
+        if self._interval:
+            self._add_point(trainer)
+        self._write(trainer, wait=True)
+
+    def _add_point(self, trainer: pl.Trainer) -> None:
+        sums = _sums(self._interval, trainer)
+        self._interval = []
+        now = time.perf_counter()
+        rates = dict(self._lrs)
+        elapsed, self._since = now - self._since, now
+        copied = None
+        if sums.is_cuda:
+            device_sums, sums = sums, torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            sums.copy_(device_sums, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._points.append(Point(self._step, sums, copied, rates | {"seconds": elapsed}))
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer, wait: bool = False) -> None:
+        """Log the points that have arrived from the device; with `wait`, all."""
+        while self._points and (wait or self._points[0].copied is None or self._points[0].copied.query()):
+            step, sums, copied, rates = self._points.popleft()
+            if copied is not None:
+                copied.synchronize()
+            numbers = sums.tolist()
+            seconds = rates.pop("seconds")
+            values = {**_means(numbers), **rates, "images/s": numbers[2] / max(seconds, 1e-9)}
+            self.latest |= values
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+
+
+def _sums(measured: list[tuple[Tensor, Tensor, int, int]], trainer: pl.Trainer) -> Tensor:
+    """Return loss, hits and images summed over steps and ranks, float64 ``[3]`` on the device."""
+    losses, correct, counts, totals = zip(*measured, strict=True)
+    device = losses[0].device
+    shares = torch.tensor(totals, dtype=torch.float64).to(device, non_blocking=True) / trainer.world_size
+    loss = (torch.stack(losses).double() * shares).sum()
+    sums = torch.stack([loss, torch.stack(correct).sum().double(), shares.new_tensor(float(sum(counts)))])
+    reduced: Tensor = trainer.strategy.reduce(sums, reduce_op="sum")
+    return reduced
+
+
+def _means(sums: list[float]) -> dict[str, float]:
+    loss, correct, count = sums
+    return {"train/loss": loss / count, "train/acc": correct / count}

@@ -1,0 +1,62 @@
+"""The results of `predict`: file, class and probability, printed and written.
+
+    python -m src predict --ckpt_path best --data.images photos/
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from src.data import Batch
+from src.data.images import ImageFiles
+
+
+class Predictions(pl.Callback):
+    """Prints a line for each image file and writes ``predictions.csv``; files that cannot be read are named.
+
+    Args:
+        folder: Where the file is written.
+
+    Attributes:
+        unreadable: Why a file could not be read, by file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "predictions.csv"
+        self.unreadable: dict[Path, str] = {}
+        self._rows: dict[int, tuple[str, float]] = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the most probable class of each image."""
+        classes = trainer.datamodule.classes  # type: ignore[attr-defined]
+        for i, probability, label in zip(batch.ids.tolist(), *(v.tolist() for v in outputs.max(1)), strict=True):
+            self._rows[i] = (classes[label], probability)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print and write what was found."""
+        loader: Any = trainer.predict_dataloaders
+        assert isinstance(loader, ImageFiles)
+        self.unreadable = loader.unreadable
+        width = max((len(str(loader.files[i])) for i in self._rows), default=0)
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "class", "probability"])
+            for i, (name, probability) in sorted(self._rows.items()):
+                writer.writerow([loader.files[i], name, f"{probability:.6f}"])
+                sys.stdout.write(f"{loader.files[i]!s:{width}}  {name}  {probability:.4f}\n")
+        for path, reason in self.unreadable.items():
+            sys.stderr.write(f"error: {path}: {reason}\n")
+        sys.stdout.write(f"written: {self.path}\n")
+        sys.stdout.flush()

@@ -1,0 +1,91 @@
+"""The results of `validate` and `test`: a table a person reads, and files another program reads.
+
+    python -m src test --ckpt_path best
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from src.classifier import ImageClassifier
+
+
+class Report(pl.Callback):
+    """Prints accuracy, loss and a table of the classes; after `test`, writes them into the run's folder.
+
+    Args:
+        folder: The run that the checkpoint belongs to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the results of the val split."""
+        if trainer.state.fn == "validate" and trainer.is_global_zero:
+            self._print(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the results of the test set, and write ``test.json`` and ``test_confusion.png``."""
+        if not trainer.is_global_zero:
+            return
+        results = self._print(trainer, pl_module, "test")
+        assert isinstance(pl_module, ImageClassifier)
+        (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
+        figure = confusion_figure(pl_module.confusion, trainer.datamodule.classes)  # type: ignore[attr-defined]
+        figure.savefig(self.folder / "test_confusion.png")
+        Console().print(f"written: {self.folder / 'test.json'}, test_confusion.png", highlight=False, soft_wrap=True)
+
+    def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, Any]:
+        assert isinstance(pl_module, ImageClassifier)
+        classes = trainer.datamodule.classes  # type: ignore[attr-defined]
+        per_class = class_scores(pl_module.confusion, classes)
+        table = Table("class", "images", "accuracy", "precision")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, score in per_class.items():
+            table.add_row(name, f"{score['images']:,}", f"{score['acc']:.4f}", f"{score['precision']:.4f}")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        console = Console()
+        console.print(table)
+        acc, loss = metrics[f"{stage}/acc"], metrics[f"{stage}/loss"]
+        console.print(f"{stage}/acc {acc:.4f}  {stage}/loss {loss:.4f}", highlight=False)
+        return {
+            **metrics,
+            "per_class": per_class,
+            "checkpoint": str(trainer.ckpt_path),
+            "step": trainer.fit_loop.epoch_loop.global_step,
+        }
+
+
+def class_scores(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return for each class: images of it, ``acc`` (share of them found), ``precision`` (share of the calls right).
+
+    A share of nothing is 0.
+    """
+    matrix = confusion.compute()
+    hits, images, calls = matrix.diag().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist()
+    return {
+        name: {
+            "images": images[i],
+            "acc": hits[i] / max(images[i], 1),
+            "precision": hits[i] / max(calls[i], 1),
+        }
+        for i, name in enumerate(classes)
+    }
+
+
+def confusion_figure(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -> Figure:
+    """Draw the confusion matrix; without pyplot, whose global state outlives the figure."""
+    figure = Figure(figsize=(6.4, 6.0), dpi=100, layout="tight")
+    FigureCanvasAgg(figure)
+    confusion.plot(ax=figure.add_subplot(), labels=list(classes))
+    return figure

@@ -1,0 +1,261 @@
+"""The command line of everything that needs a Trainer: fit, validate, test, predict.
+
+    python -m src fit --config configs/cifar10.yaml --data.batch_size 128
+    python -m src test --ckpt_path best
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from src import __version__
+from src.arguments import config_texts, find_checkpoint, join_paths, run_folder, stored_config
+from src.callbacks.checkpoint import Checkpoint
+from src.callbacks.console import progress_callback
+from src.callbacks.curves import Curves
+from src.callbacks.pictures import Pictures
+from src.callbacks.predictions import Predictions
+from src.callbacks.record import RunRecord
+from src.callbacks.report import Report
+from src.classifier import ImageClassifier
+from src.data import ImageData
+from src.errors import Failure, UsageError
+from src.hardware import default_precision, describe, device_type, refuse_precision
+from src.messages import deepest_reason, explain, full_key
+
+_RUNS = "lightning_logs"
+
+# Arguments of the Trainer's methods that are not for the user to set.
+_SUBCOMMANDS = {
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+    "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+    "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+    "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
+}
+
+# The least values of the Trainer's numbers that it does not check itself.
+_LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
+          "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
+
+# What Lightning tells in every run; each is said better by our own lines, or is advertising.
+_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model")
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors take one line, and which takes no abbreviations for options."""
+
+    args: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong with the command line, in one line, and exit."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        keys = [action.dest for action in parser._actions]
+        error = UsageError(explain(message, keys, Parser.args, config_texts(Parser.args)))
+        error.__cause__ = ex
+        # The parser takes an exception inside a nested class for one more alternative that did not fit; not an exit.
+        raise SystemExit(_refuse(error))
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the defaults, the callbacks and the order of precedence of this project.
+
+    What the command line says beats what a config says, and that beats what a checkpoint carries.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.checkpoint: Path | None = None
+        super().__init__(
+            ImageClassifier,
+            ImageData,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            trainer_defaults={"max_epochs": 10, "log_every_n_steps": 10},
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m src", "version": f"live-cifar10 {__version__}"},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the sub-commands."""
+        return _SUBCOMMANDS
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint's settings, the defaults and the links."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.set_defaults(
+            {"model.network": {"class_path": "src.networks.CNN"}, "data": {"class_path": "src.data.Shapes10"}}
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, on top of what the checkpoint carries if one is named."""
+        args = join_paths(args)
+        Parser.args = args
+        self.config = parser.parse_args(args)
+        command = self.config.subcommand
+        ckpt_path = self.config[command].ckpt_path
+        if ckpt_path is None:
+            if command != "fit":
+                raise UsageError(f"{command} needs weights: give --ckpt_path best, last, or a file")
+        else:
+            runs = Path(self.config[command].trainer.default_root_dir or ".") / _RUNS
+            self.checkpoint = find_checkpoint(str(ckpt_path), runs)
+            stored = stored_config(self.checkpoint, "\n".join([*args, *config_texts(args)]))
+            where = args.index(command) + 1
+            base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
+            self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
+            self.config[command].ckpt_path = str(self.checkpoint)
+        self._check_trainer(self.config[command].trainer)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would let the checkpoint beat the command line."""
+
+    def _check_trainer(self, trainer: Namespace) -> None:
+        """Refuse what the Trainer would take without a word, and choose the precision if nothing is asked for."""
+        for name, least in _LEAST.items():
+            value = trainer[name]
+            if value is not None and not value >= least:
+                raise UsageError(f"trainer.{name}: {value} is out of range: at least {least}")
+        accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
+        self.device = device_type(accelerator)
+        if accelerator in ("gpu", "cuda", "mps") and self.device == "cpu":
+            raise Failure(f"trainer.accelerator: {accelerator}: torch finds none on this machine; use cpu or auto")
+        self.chosen = trainer.precision is None
+        if trainer.precision is None:
+            trainer.precision = default_precision(self.device)
+        elif reason := refuse_precision(str(trainer.precision), self.device):
+            raise UsageError(f"trainer.precision: {trainer.precision}: {reason}")
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and Trainer; what they refuse is named by its key."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            reason = deepest_reason(str(error))
+            name, colon, rest = reason.partition(": ")
+            key = full_key(name, self.config[self.subcommand].as_dict()) if colon and name.isidentifier() else name
+            raise UsageError(f"{key}{colon}{rest}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer with the callbacks and the logger of the sub-command."""
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        checkpoint = self._get(self.config_init, "checkpoint")
+        callbacks: list[pl.Callback] = []
+        if self.subcommand == "fit":
+            curves = Curves()
+            callbacks = [curves, Pictures()]
+            if config["enable_progress_bar"] is not False:
+                progress = progress_callback(curves)
+                callbacks.append(progress)
+                config["enable_progress_bar"] = isinstance(progress, pl.callbacks.ProgressBar)
+            if config["enable_checkpointing"] is not False:
+                callbacks.append(checkpoint)
+            if config["logger"] in (None, True):
+                root = config["default_root_dir"] or "."
+                config["logger"] = TensorBoardLogger(root, name=_RUNS, default_hp_metric=False, flush_secs=1)
+        else:
+            assert self.checkpoint is not None
+            folder = run_folder(self.checkpoint)
+            self.predictions = Predictions(folder)
+            callbacks = [self.predictions if self.subcommand == "predict" else Report(folder)]
+            config |= {"logger": False, "enable_checkpointing": False}
+            config["enable_progress_bar"] = sys.stdout.isatty() and config["enable_progress_bar"] is not False
+        if config["enable_model_summary"] is None:
+            config["enable_model_summary"] = False
+        return self._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.trainer.is_global_zero:
+            chosen = "chosen for this device" if self.chosen else "as asked"
+            line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
+            _say(line + ("; channels_last" if self.model.hparams["channels_last"] else ""))
+        super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """End with where the run is, how to look at it, and how to test it."""
+        trainer = self.trainer
+        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fast_dev_run:
+            return
+        folder = Path(os.path.relpath(trainer.log_dir))
+        callback = next((c for c in trainer.callbacks if isinstance(c, Checkpoint)), None)
+        _say(f"run:         {folder}")
+        _say(f"TensorBoard: tensorboard --logdir {folder}")
+        if callback is not None and callback.best is not None:
+            _say(f"test:        python -m src test --ckpt_path {os.path.relpath(callback.best)}")
+
+
+def _seed(seed: bool | int) -> int:
+    if isinstance(seed, bool):
+        raise ValueError("seed_everything: give a whole number: a run is a function of its seed")
+    return seed
+
+
+def _inherited(stored: dict[str, Any], command: str) -> dict[str, Any]:
+    """Return the part of a checkpoint's config that a sub-command goes by.
+
+    A fit goes on as it was. An evaluation takes model, data and precision, but not the machine it was trained on.
+    """
+    if command == "fit":
+        return {k: v for k, v in stored.items() if k not in ("ckpt_path", "config")}
+    kept = {k: stored[k] for k in ("seed_everything", "model", "data") if k in stored}
+    return kept | {"trainer": {"precision": stored.get("trainer", {}).get("precision")}}
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _from_lightning(error: BaseException) -> bool:
+    """Return whether Lightning itself raised an error: then it is about what was asked of it, not a bug of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and f"{os.sep}lightning{os.sep}pytorch{os.sep}" in frames[-1].filename
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        args: The command line without the program's name; by default the one of this process.
+
+    Returns:
+        The exit status: 0; 1 for a failure; 2 for a command that cannot be. Set ``LIVE_CIFAR10_TRACEBACK=1`` to see
+        where an error comes from.
+    """
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    try:
+        cli = CLI(list(sys.argv[1:] if args is None else args))
+    except (UsageError, Failure) as error:
+        return _refuse(error)
+    except (MisconfigurationException, ValueError) as error:
+        if not isinstance(error, MisconfigurationException) and not _from_lightning(error):
+            raise
+        return _refuse(UsageError(str(error)))
+    return 1 if cli.subcommand == "predict" and cli.predictions.unreadable else 0
+
+
+def _refuse(error: UsageError | Failure) -> int:
+    if os.environ.get("LIVE_CIFAR10_TRACEBACK"):
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return 2 if isinstance(error, UsageError) else 1

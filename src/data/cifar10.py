@@ -1,0 +1,159 @@
+"""CIFAR-10 (Krizhevsky, 2009): 60,000 photographs of ten classes, 32x32 pixels.
+
+    python -m src fit --config configs/cifar10.yaml
+
+The files are the official Python batches, which are pickles. Each is read once, the bytes that were read are checked
+against their published MD5, and those very bytes are parsed by an unpickler that knows NumPy arrays and nothing else.
+"""
+
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.datasets.utils import download_url
+
+from src.data.module import ImageData, Part
+from src.errors import Failure
+
+_OFFICIAL = torchvision.datasets.CIFAR10
+_FOLDER: str = _OFFICIAL.base_folder
+_ARCHIVE: str = _OFFICIAL.filename
+_IMAGES_PER_FILE = 10_000
+
+
+class CIFAR10(ImageData):
+    """The real CIFAR-10: 50,000 images to train on, 10,000 to test on.
+
+    Downloaded by torchvision at first use (170 MB), unless it is there already.
+
+    Args:
+        root: Folder that holds the official files: ``cifar-10-batches-py/``, or the archive
+            ``cifar-10-python.tar.gz``, which is read as it is; the path of either itself will do too.
+        download: Whether to download the archive into `root` if neither is there.
+        kwargs: The arguments of `src.data.ImageData`.
+    """
+
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+
+    def __init__(self, root: Path = Path("data"), download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root, self.download = Path(root), download
+
+    def load(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Read, verify and parse the files of a part straight into one tensor."""
+        files = _OFFICIAL.train_list if part == "train" else _OFFICIAL.test_list
+        pixels = torch.empty((len(files) * _IMAGES_PER_FILE, 32, 32, 3), dtype=torch.uint8)
+        labels = torch.empty(len(pixels), dtype=torch.int64)
+        for i, (name, content) in enumerate(self._read(dict(files))):
+            rows, classes = parse_batch(name, content)
+            span = slice(i * _IMAGES_PER_FILE, (i + 1) * _IMAGES_PER_FILE)
+            pixels[span] = rows.view(-1, 3, 32, 32).permute(0, 2, 3, 1)
+            labels[span] = classes
+        return pixels, labels
+
+    def _read(self, md5s: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+        """Yield name and verified content of each file, in order."""
+        folder = self.root if self.root.name == _FOLDER else self.root / _FOLDER
+        archive = self.root if self.root.name == _ARCHIVE else self.root / _ARCHIVE
+        if not folder.is_dir() and not archive.is_file():
+            self._fetch(archive)
+        pairs = _from_folder(folder, md5s) if folder.is_dir() else _from_archive(archive, md5s)
+        for path, name, content in pairs:
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5s[name]:
+                raise Failure(
+                    f"{path} is not the official file: it has {len(content):,} bytes and another MD5 than published; "
+                    f"delete it and run again"
+                )
+            yield name, content
+
+    def _fetch(self, archive: Path) -> None:
+        advice = (
+            f"put {_ARCHIVE} from {_OFFICIAL.url} into {archive.parent}, or name the folder that has it by --data.root; "
+            f"configs/quickstart.yaml needs no download"
+        )
+        if not self.download:
+            raise Failure(f"there is no CIFAR-10 in {archive.parent}: {advice}")
+        try:
+            download_url(_OFFICIAL.url, str(archive.parent), archive.name, _OFFICIAL.tgz_md5)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the download came out with another MD5
+            archive.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Failure(f"CIFAR-10 could not be downloaded ({reason}): {advice}") from error
+
+
+def _from_folder(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str, bytes]]:
+    for name in names:
+        path = folder / name
+        try:
+            yield str(path), name, path.read_bytes()
+        except OSError as error:
+            raise Failure(f"{path} cannot be read ({error.strerror}): CIFAR-10 needs it; get the whole set anew") from error
+
+
+def _from_archive(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Read members in memory: nothing is extracted, so no path in the archive can lead anywhere."""
+    found: dict[str, bytes] = {}
+    wanted = {f"{_FOLDER}/{name}": name for name in names}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                # A member may claim any size; the official files are 31 MB.
+                if member.name in wanted and member.isfile() and member.size < 40_000_000:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    found[wanted[member.name]] = content.read()
+                    if len(found) == len(wanted):
+                        break
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise Failure(f"{archive} is damaged ({error}); delete it and run again") from error
+    for name in wanted.values():
+        if name not in found:
+            raise Failure(f"{archive} lacks {_FOLDER}/{name}: it is not the official archive; delete it and run again")
+        yield f"{archive}:{_FOLDER}/{name}", name, found.pop(name)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain containers and NumPy arrays, and refuses every other global."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the three globals that a pickled array needs."""
+        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
+            return np._core.multiarray._reconstruct
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def parse_batch(name: str, content: bytes) -> tuple[Tensor, Tensor]:
+    """Parse one official batch file.
+
+    Args:
+        name: The file, for errors.
+        content: Its bytes.
+
+    Returns:
+        Pixels, uint8 ``[n, 3072]`` (all red, then green, then blue, each row by row), and classes, int64 ``[n]``.
+
+    Raises:
+        Failure: If the bytes are not such a batch. Nothing in them is executed.
+    """
+    try:
+        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        rows, classes = batch[b"data"], torch.tensor(batch[b"labels"], dtype=torch.int64)
+        if not (isinstance(rows, np.ndarray) and rows.dtype == np.uint8 and rows.shape == (len(classes), 3072)):
+            raise ValueError("its data is not uint8 [n, 3072]")
+        if classes.ndim != 1 or (len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < 10)):
+            raise ValueError("its labels are not classes from 0 to 9")
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise Failure(f"{name} is not a CIFAR-10 batch: {error}") from error
+    return torch.from_numpy(rows), classes

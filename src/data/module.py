@@ -1,0 +1,175 @@
+"""What every data set of images here is: a LightningDataModule around one resident tensor of pixels.
+
+To add a data set, subclass `ImageData`, say its classes, mean and std, and load its pixels; see `src/data/cifar10.py`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from src.data.augment import Augmentation, Mixing
+from src.data.images import ImageFiles
+from src.data.loader import Normalize, ResidentLoader
+from src.data.order import stratified_split
+from src.errors import UsageError
+
+Part = Literal["train", "test"]
+
+
+class ImageData(pl.LightningDataModule):
+    """Splits, orders, augments and serves a data set of labelled images.
+
+    Args:
+        batch_size: Images in an optimizer step, over all devices together, at least 1.
+        eval_batch_size: Images in a step of validation, test or prediction, likewise.
+        val_size: Left out of training for validation: a number of images (0 for none), or a share between 0 and 1.
+            Stratified, and the same for every run with the same `split_seed`.
+        train_fraction: Train on this share of what is left, above 0, up to 1. Stratified.
+        samples_per_class: Train on this many images of each class instead, at least 1.
+        split_seed: Seed of the choice of the val split and of the images trained on.
+        augment: Augmentations of each image while training, applied in this order.
+        mix: Mixes the images of a batch while training: `src.data.MixUp` or `src.data.CutMix`.
+        images: Image files, or folders of them, for `predict`; of any size and mode.
+        seed: Seed of order and augmentation; linked to ``seed_everything`` on the command line.
+    """
+
+    classes: ClassVar[tuple[str, ...]]
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+    image_size: ClassVar[int] = 32
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int = 500,
+        val_size: int | float = 5000,
+        train_fraction: float = 1.0,
+        samples_per_class: int | None = None,
+        split_seed: int = 0,
+        augment: list[Augmentation] | None = None,
+        mix: Mixing | None = None,
+        images: list[Path] | None = None,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is out of range: at least 1 image")
+        if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
+            raise ValueError(f"val_size: {val_size} is out of range: a number of images, or a share in [0, 1)")
+        if not 0 < train_fraction <= 1:
+            raise ValueError(f"train_fraction: {train_fraction} is out of range: above 0, up to 1")
+        if samples_per_class is not None and samples_per_class < 1:
+            raise ValueError(f"samples_per_class: {samples_per_class} is out of range: at least 1 image")
+        if samples_per_class is not None and train_fraction != 1:
+            raise ValueError("samples_per_class and train_fraction exclude each other: give one of them")
+        self.batch_size, self.eval_batch_size, self.val_size = batch_size, eval_batch_size, val_size
+        self.train_fraction, self.samples_per_class = train_fraction, samples_per_class
+        self.split_seed, self.seed = split_seed, seed
+        self.augment, self.mix = augment or [], mix
+        self.images = images
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+    @abstractmethod
+    def load(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return all images of a part, uint8 ``[n, h, w, 3]``, and their classes, int64 ``[n]``.
+
+        Raises:
+            Failure: If a file is missing or damaged; the message names it and what to do.
+        """
+
+    def prepare_data(self) -> None:
+        """Load what this stage needs, so that a missing or damaged file stops it before a run begins."""
+        assert self.trainer is not None
+        if self.trainer.state.fn == "predict":
+            return
+        self._part("test" if self.trainer.state.fn == "test" else "train")
+        if self.trainer.state.fn == "fit":
+            self.split()
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Return the ids that are trained on and those of the val split, int64, ascending and disjoint.
+
+        Raises:
+            UsageError: If `val_size` or `samples_per_class` asks for more images than there are.
+        """
+        labels = self._part("train")[1].cpu()
+        count = len(labels)
+        val_count = round(self.val_size * count) if isinstance(self.val_size, float) else self.val_size
+        if val_count >= count:
+            raise UsageError(f"data.val_size: {val_count} leaves nothing to train on: the train set has {count} images")
+        val, train = stratified_split(labels, val_count, self.split_seed, "val")
+        wanted = max(1, round(self.train_fraction * len(train)))
+        if self.samples_per_class is not None:
+            wanted = self.samples_per_class * self.num_classes
+            fewest = int(labels[train].bincount(minlength=self.num_classes).min())
+            if self.samples_per_class > fewest:
+                raise UsageError(
+                    f"data.samples_per_class: {self.samples_per_class} is more than the train split has: {fewest}"
+                )
+        if wanted < len(train):
+            picked, _ = stratified_split(labels[train], wanted, self.split_seed, "train")
+            train = train[picked]
+        return train, val
+
+    def train_dataloader(self) -> ResidentLoader:
+        """Return the loader of the training images, in a new order each epoch."""
+        shuffle = self.trainer is None or self.trainer.overfit_batches == 0
+        return self._loader("train", self.split()[0], self.batch_size, shuffle=shuffle, train=True)
+
+    def val_dataloader(self) -> ResidentLoader | list[ResidentLoader]:
+        """Return the loader of the val split, or none if that is empty."""
+        ids = self.split()[1]
+        return self._loader("train", ids, self.eval_batch_size) if len(ids) else []
+
+    def test_dataloader(self) -> ResidentLoader:
+        """Return the loader of the test set."""
+        return self._loader("test", torch.arange(len(self._part("test")[1])), self.eval_batch_size)
+
+    def predict_dataloader(self) -> ImageFiles:
+        """Return the loader of the image files to predict."""
+        normalize = Normalize(self.mean, self.std, self._device())
+        return ImageFiles(self.images or [], self.image_size, self.eval_batch_size, normalize)
+
+    def _part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Load a part once and keep it on the training device, the only copy of it."""
+        device = self._device()
+        if part not in self._parts:
+            self._parts[part] = self.load(part)
+        pixels, labels = self._parts[part]
+        if pixels.device != device:
+            self._parts[part] = pixels.to(device), labels.to(device)
+        return self._parts[part]
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _loader(
+        self, part: Part, ids: Tensor, batch_size: int, *, shuffle: bool = False, train: bool = False
+    ) -> ResidentLoader:
+        pixels, labels = self._part(part)
+        augment: Sequence[Augmentation] = self.augment if train else ()
+        return ResidentLoader(
+            pixels,
+            labels,
+            ids,
+            batch_size,
+            Normalize(self.mean, self.std, pixels.device),
+            num_classes=self.num_classes,
+            seed=self.seed,
+            shuffle=shuffle,
+            augment=augment,
+            mix=self.mix if train else None,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            world_size=1 if self.trainer is None else self.trainer.world_size,
+        )

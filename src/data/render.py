@@ -1,0 +1,202 @@
+"""Shapes10: ten classes of small rendered RGB shapes, a pure function of a seed.
+
+Every picture is one shape over a graded background, with clutter behind and in front of it and pixel
+noise; the shapes are signed distance functions evaluated with torch on whole chunks of pictures.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+CLASSES: tuple[str, ...] = (
+    "circle",
+    "ring",
+    "moon",
+    "heart",
+    "square",
+    "bar",
+    "triangle",
+    "star",
+    "cross",
+    "arrow",
+)
+
+SIZE = 32
+"""Height and width of a picture, in pixels."""
+
+
+def render_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Render a class-balanced set of labelled pictures.
+
+    The result depends on nothing but the arguments: neither on the global random state nor on the number
+    of threads.
+
+    Args:
+        count: How many pictures to render, at least 0.
+        seed: Seed of everything random; different seeds give independent sets.
+
+    Returns:
+        The images, uint8 [count, 32, 32, 3] in 0..255, and their labels, int64 [count], indices into
+        `CLASSES` of which each occurs `count / 10` times, rounded up or down.
+    """
+    generator = Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    images = torch.empty(count, SIZE, SIZE, 3, dtype=torch.uint8)
+    labels = torch.empty(count, dtype=torch.int64)
+    labels[order] = torch.arange(count) % len(CLASSES)
+    for places in order.split(_CHUNK):
+        images[places] = _render_chunk(len(places), generator)
+    return images, labels
+
+
+# Pictures drawn at once: few enough for a chunk's planes to stay in the cache, and a multiple of the number
+# of classes, so that every chunk starts with class 0.
+_CHUNK = 250
+
+_CLUTTER_BEHIND = 3
+_CLUTTER_IN_FRONT = 1
+
+
+def _render_chunk(n: int, generator: Generator) -> Tensor:
+    """Render n pictures, the i-th of class i % 10, as uint8 [n, 32, 32, 3]."""
+    # Only elementwise operations that round alike in vectorised and scalar code (no lerp, addcmul or hypot)
+    # touch pixels: which of the two a pixel meets depends on how the threads divide the tensor.
+    background = _uniform(generator, n, 3, low=0.0, high=1.0)
+    # Stepping round the unit circle of each channel keeps the contrast above a minimum, in either direction.
+    foreground = (background + _uniform(generator, n, 3, low=0.2, high=0.8)) % 1.0
+
+    ramp, _ = _local_grid(n, generator, reach=0.0)
+    slope = _uniform(generator, n, 3, low=-0.2, high=0.2) / SIZE
+    canvas = background[..., None, None] + slope[..., None, None] * ramp[:, None]
+    for _ in range(_CLUTTER_BEHIND):
+        _paint_clutter(canvas, generator)
+    _paint(canvas, _shape_distance(n, generator), foreground)
+    for _ in range(_CLUTTER_IN_FRONT):
+        _paint_clutter(canvas, generator)
+
+    noise = torch.randn(canvas.shape, generator=generator)
+    canvas += noise.mul_(_uniform(generator, n, 1, 1, 1, low=0.02, high=0.1))
+    return canvas.mul_(255.0).round_().clamp_(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _shape_distance(n: int, generator: Generator) -> Tensor:
+    """Signed distance in pixels, float32 [n, 32, 32], to a randomly placed shape of class i % 10."""
+    radius = _uniform(generator, n, 1, 1, low=6.5, high=12.0)
+    stretch = _uniform(generator, n, 1, 1, low=0.87, high=1.15)
+    x, y = _local_grid(n, generator, reach=5.0)
+    x /= radius * stretch
+    y /= radius / stretch
+    distance = torch.empty_like(x)
+    for label, name in enumerate(CLASSES):
+        mine = slice(label, None, len(CLASSES))
+        distance[mine] = _DISTANCES[name](x[mine], y[mine])
+    return distance.mul_(radius)
+
+
+def _paint_clutter(canvas: Tensor, generator: Generator) -> None:
+    """Paint one small blob, line or outline of a random colour on each picture of the canvas, in place."""
+    n = len(canvas)
+    length = _uniform(generator, n, 1, 1, low=0.0, high=6.0)
+    radius = _uniform(generator, n, 1, 1, low=0.6, high=2.5)
+    x, y = _local_grid(n, generator, reach=16.0)
+    x = x.abs_().sub_(length).clamp_(min=0.0)
+    distance = x.mul_(x).add_(y.mul_(y)).sqrt_().sub_(radius)
+    _paint(canvas, distance, _uniform(generator, n, 3, low=0.0, high=1.0))
+
+
+def _paint(canvas: Tensor, distance: Tensor, colour: Tensor) -> None:
+    """Blend a colour [n, 3] into the canvas [n, 3, 32, 32] in place, where the distance is negative."""
+    coverage = distance.neg_().add_(0.5).clamp_(0.0, 1.0)
+    canvas += (colour[..., None, None] - canvas).mul_(coverage[:, None])
+
+
+def _local_grid(n: int, generator: Generator, *, reach: float) -> tuple[Tensor, Tensor]:
+    """Pixel coordinates, float32 [n, 32, 32] each, in n frames turned and shifted at random.
+
+    The frames' origins lie within `reach` pixels of the picture's centre, horizontally and vertically.
+    """
+    angle = _uniform(generator, n, 1, 1, low=0.0, high=2.0 * torch.pi)
+    axis = torch.arange(SIZE) - (SIZE - 1) / 2
+    across = axis - _uniform(generator, n, 1, 1, low=-reach, high=reach)
+    down = axis[:, None] - _uniform(generator, n, 1, 1, low=-reach, high=reach)
+    cos, sin = angle.cos(), angle.sin()
+    return cos * across + sin * down, cos * down - sin * across
+
+
+def _uniform(generator: Generator, *shape: int, low: float, high: float) -> Tensor:
+    """Uniform float32 values in low..high."""
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+# Signed distances (negative inside) to shapes that about fill the unit circle. They are exact at the edges
+# and may fall short of the true distance elsewhere, beyond corners, which antialiasing does not notice.
+
+
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return _norm(x, y) - 0.9
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (_norm(x, y) - 0.72).abs() - 0.22
+
+
+def _moon(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(_norm(x, y) - 1.0, 0.8 - _norm(x - 0.5, y))
+
+
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    # A square standing on its corner, with discs bulging from two adjacent sides.
+    x, y = x + 0.2, y + 0.2
+    lobes = torch.minimum(_norm(x - 0.55, y), _norm(x, y - 0.55))
+    return torch.minimum(lobes, torch.maximum(x.abs(), y.abs())) - 0.55
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - 0.78
+
+
+def _bar(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs() - 1.0, y.abs() - 0.35)
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(0.866 * x.abs() + 0.5 * y, -y) - 0.52
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    # Mirror everything into the half of one arm that lies right of its axis; there it is a half-plane.
+    x = x.abs()
+    for sign in (1.0, -1.0):
+        beyond = (sign * 0.809 * x - 0.588 * y).clamp(min=0.0)
+        x, y = x - 2.0 * sign * 0.809 * beyond, y + 2.0 * 0.588 * beyond
+    return 0.92 * x.abs() + 0.39 * (y - 1.1)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x.abs(), y.abs()
+    return torch.maximum(torch.minimum(x, y) - 0.28, torch.maximum(x, y) - 0.95)
+
+
+def _arrow(x: Tensor, y: Tensor) -> Tensor:
+    head = torch.maximum(0.75 * y.abs() + 0.66 * (x - 1.0), -x)
+    shaft = torch.maximum(y.abs() - 0.22, (x + 0.45).abs() - 0.55)
+    return torch.minimum(head, shaft)
+
+
+def _norm(x: Tensor, y: Tensor) -> Tensor:
+    return (x * x + y * y).sqrt()
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": _circle,
+    "ring": _ring,
+    "moon": _moon,
+    "heart": _heart,
+    "square": _square,
+    "bar": _bar,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "arrow": _arrow,
+}

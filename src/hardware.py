@@ -1,0 +1,55 @@
+"""Which number format suits the device: chosen by default, checked when asked for, never silent."""
+
+import os
+from typing import Literal, cast
+
+import torch
+
+Precision = Literal["bf16-mixed", "32-true"]
+
+
+def device_type(accelerator: str) -> str:
+    """Return ``cuda``, ``mps`` or ``cpu``, as Lightning will choose for the value of ``trainer.accelerator``."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Return whether the device multiplies bf16 matrices in hardware (Ampere and later; AMX, AVX512-BF16)."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device == "cpu":
+        able = cast(dict[str, object], torch.cpu.get_capabilities())
+        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return False
+
+
+def default_precision(device: str) -> Precision:
+    """Return what is fastest on the device at no loss of accuracy to speak of."""
+    return "bf16-mixed" if has_fast_bf16(device) else "32-true"
+
+
+def refuse_precision(precision: str, device: str) -> str | None:
+    """Return why a device cannot do what ``trainer.precision`` asks for, or none if it can."""
+    if precision in ("16-mixed", "16") and device == "cpu":
+        return "float16 autocast needs a GPU; on a CPU use bf16-mixed or 32-true"
+    if precision.startswith("bf16") and device == "cuda" and not has_fast_bf16("cuda"):
+        return "this GPU has no bf16 units; use 16-mixed or 32-true"
+    if precision in ("64-true", "64", "bf16-true", "bf16-mixed", "bf16") and device == "mps":
+        return "this device computes in float32 and float16; use 32-true or 16-mixed"
+    return None
+
+
+def describe(device: str) -> str:
+    """Return a device in a few words."""
+    if device == "cuda":
+        return f"cuda ({torch.cuda.get_device_name()})"
+    if device == "cpu":
+        able = cast(dict[str, object], torch.cpu.get_capabilities())
+        units = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if able.get(key)]
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+        return f"cpu ({', '.join([*units, threads])})"
+    return device

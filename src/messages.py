@@ -1,0 +1,164 @@
+"""Turns what the parser says of a bad command line or config into one line: the key, what is wrong, what would be right."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import yaml
+
+from src.data import Augmentation, ImageData, Mixing
+from src.networks import Network
+
+_BASES: dict[str, type] = {"ImageData": ImageData, "Network": Network, "Augmentation": Augmentation, "Mixing": Mixing}
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+
+
+def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Sequence[str]) -> str:
+    """Return a parser's message as one line.
+
+    Args:
+        message: What jsonargparse says, often on many lines.
+        keys: The dotted keys that exist, for a hint at misspelt ones.
+        args: The command line.
+        configs: The texts of the configs that were given.
+    """
+    known = [*keys, *_parameter_names()]
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        option = found[1].split("=")[0]
+        if not option.startswith("--"):
+            return f"{option!r} is not an option: options begin with --"
+        return f"unknown option {option}{_hint(option.removeprefix('--'), known, '--')}"
+    if found := re.search(r"(?:does not accept option|Option) '([^']+)'", message):
+        key = _locate(found[1], args, configs)
+        return f"unknown key {key}{_hint(key, known)}"
+    if found := re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message):
+        return f"unknown sub-command {found[1]!r}; choose from {found[2].replace(chr(39), '')}"
+    if found := re.search(r"expected \"subcommand\" to be one of \{(.+)\}", message):
+        return f"give a sub-command: {found[1].replace(',', ', ')}"
+    if found := re.search(r"Parser key \"config\": File does not exist: '(.+)'", message):
+        return f"config: there is no file {found[1]}"
+    if message.startswith("Problems parsing config"):
+        return f"config: not valid YAML: {_flat(message.split(':', 1)[1])}"
+    if found := re.search(r"compute_fn of link .* failed: (.+)", message, re.DOTALL):
+        return _flat(found[1])
+    if found := re.match(r"Parser key \"([^\"]+)\":(.*)", message, re.DOTALL):
+        return _bad_value(_locate(found[1], args, configs), found[2])
+    return _flat(message)
+
+
+def deepest_reason(message: str) -> str:
+    """Return the reason inside a message in which the parser wraps what a constructor raised."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    wrapping = ("Does not validate", "Subtypes:", "Errors:", "Expected a", "Given value", "")
+    reasons = [line for line in lines if not line.startswith(wrapping[:-1]) and line]
+    return reasons[0] if reasons and message.startswith("Does not validate") else _flat(message)
+
+
+def _bad_value(key: str, detail: str) -> str:
+    value = next(iter(re.findall(r"(?:Given value|Got value): (.*)", detail)), None)
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", detail):
+        return f"{key}: {found[1]} is not a {found[2]}{_choices(found[2])}"
+    if found := re.search(r"Expected a dot import path string: (\S+)", detail):
+        base = next(iter(re.findall(r"<class '[\w.]*?(\w+)'>", detail)), "")
+        base = base if base in _BASES else {"network": "Network", "mix": "Mixing", "augment": "Augmentation"}.get(
+            key.rsplit(".", 1)[-1], ""
+        )  # fmt: skip
+        numbers = _expected(detail)
+        if not base and numbers not in ("", "null"):
+            return f"{key}: {found[1]!r} is not valid; expected {numbers}"
+        return f"{key}: there is no class {found[1]}{_choices(base)}"
+    expected = _expected(detail)
+    if value is None or not expected:
+        return f"{key}: {_flat(detail)}"
+    return f"{key}: {value!r} is not valid; expected {expected}"
+
+
+def _expected(detail: str) -> str:
+    """Return what types a message asks for, in words."""
+    parts: list[str] = []
+    for kind in re.findall(r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']+'>)", detail):
+        if kind.startswith("typing"):
+            parts.append("one of " + kind[len("typing.Literal[") : -1].replace("'", ""))
+        else:
+            name = kind[len("<class '") : -2].rsplit(".", 1)[-1]
+            if name != "Tensor":
+                parts.append(_WORDS.get(name, f"a {name}"))
+    return " or ".join(dict.fromkeys(parts))
+
+
+def _choices(base: str) -> str:
+    if base not in _BASES:
+        return "; give its whole import path, such as torch.optim.SGD"
+    names = sorted(c.__name__ for c in _subclasses(_BASES[base]) if not inspect.isabstract(c))
+    return f"; there are {', '.join(names)}, or give the import path of one of yours"
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for sub in base.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _parameter_names() -> set[str]:
+    """Return the names of the parameters of every class that a config may name here."""
+    classes: list[Any] = [torch.optim.SGD, torch.optim.AdamW]
+    for base in _BASES.values():
+        classes += [base, *_subclasses(base)]
+    return {name for c in classes for name in inspect.signature(c.__init__).parameters} - {"self", "kwargs"}
+
+
+def _hint(key: str, known: Sequence[str], prefix: str = "") -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    whole = difflib.get_close_matches(key, [k for k in known if "." in k], n=1, cutoff=0.85)
+    if whole:
+        return f"; did you mean {prefix}{whole[0]}?"
+    leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
+    if leaves and leaves[0] != leaf:
+        return f"; did you mean {prefix}{key[: len(key) - len(leaf)]}{leaves[0]}?"
+    return "; --help lists what there is"
+
+
+def _locate(name: str, args: Sequence[str], configs: Sequence[str]) -> str:
+    """Return the dotted key under which the user gave `name`: on the command line, or in a config."""
+    for word in args:
+        option = word.split("=")[0]
+        if option.startswith("--") and option.endswith(f".{name}"):
+            return option.removeprefix("--").replace(".init_args", "")
+    for option, value in zip(args, args[1:], strict=False):
+        if option.startswith("--") and value.startswith(("[", "{")):
+            key = full_key(name, {option.removeprefix("--").rstrip("+"): yaml.safe_load(value)})
+            if key != name:
+                return key
+    for text in configs:
+        key = full_key(name, yaml.safe_load(text))
+        if key != name:
+            return key
+    return name
+
+
+def full_key(name: str, config: Any) -> str:
+    """Return the dotted key, as it is typed, of the first setting called `name` in a config; `name` if there is none.
+
+    >>> full_key("dropout", {"model": {"network": {"class_path": "CNN", "init_args": {"dropout": 2}}}})
+    'model.network.dropout'
+    """
+
+    def search(section: Any, prefix: tuple[str, ...]) -> Iterator[str]:
+        if isinstance(section, dict):
+            for key, value in section.items():
+                path = prefix if key == "init_args" else (*prefix, str(key))
+                if key == name:
+                    yield ".".join(path)
+                yield from search(value, path)
+        elif isinstance(section, list):
+            for value in section:
+                yield from search(value, prefix)
+
+    return next(search(config, ()), name)
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,7 @@
+"""The networks: plain ``nn.Module``s, one a file."""
+
+from src.networks.cnn import CNN
+from src.networks.network import Network
+from src.networks.resnet import ResNet
+
+__all__ = ["CNN", "Network", "ResNet"]
