@@ -65,13 +65,14 @@ class ImageClassifier(pl.LightningModule):
         self.label_smoothing = label_smoothing
         self.freeze_backbone, self.backbone_lr = freeze_backbone, backbone_lr
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks it
+            self.network.to(memory_format=torch.channels_last)
         self.eval_loss = MeanMetric(nan_strategy="disable")
         self.eval_acc = MulticlassAccuracy(num_classes, average="micro")
         self.confusion = MulticlassConfusionMatrix(num_classes)
-        optimizer = self._build_optimizer()  # a bad lr or momentum is refused now, not when a run has begun
+        # A bad lr, momentum or schedule is refused now, not when a run has begun.
+        trial = self._build_optimizer()
         if lr_scheduler is not None:
-            lr_scheduler(optimizer)
+            lr_scheduler(trial)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[b, num_classes]``."""
@@ -79,7 +80,7 @@ class ImageClassifier(pl.LightningModule):
         return logits
 
     def prepare_data(self) -> None:
-        """Load pretrained weights when a fit starts from scratch; here, as a bad file must stop it before a run begins."""
+        """Load pretrained weights when a fit starts from scratch; so early that a bad file leaves no run behind."""
         if self.trainer.state.fn == "fit" and self.trainer.ckpt_path is None:
             self.network.load_pretrained()
 
@@ -94,7 +95,7 @@ class ImageClassifier(pl.LightningModule):
                     f"{name} is {shapes[0]} there and {shapes[1]} here"
                 )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch and how many of this rank's images were classified right."""
         logits = self.network(batch.images)
         summed = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="sum")
@@ -110,17 +111,18 @@ class ImageClassifier(pl.LightningModule):
             for parameter in self.network.backbone_parameters():
                 parameter.requires_grad_(not frozen)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of the val split."""
         self._score(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of the test set."""
         self._score(batch, "test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probability of each class, float32 ``[b, num_classes]``."""
-        return self.network(batch.images).float().softmax(1)
+        logits: Tensor = self.network(batch.images)
+        return logits.float().softmax(1)
 
     def _score(self, batch: Batch, stage: str) -> None:
         if self.eval_loss.update_count == 0:

@@ -1,13 +1,14 @@
 """The command line of everything that needs a Trainer: fit, validate, test, predict.
 
-    python -m src fit --config configs/cifar10.yaml --data.batch_size 128
-    python -m src test --ckpt_path best
+python -m src fit --config configs/cifar10.yaml --data.batch_size 128
+python -m src test --ckpt_path best
 """
 
 import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +16,9 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from src import __version__
 from src.arguments import config_texts, find_checkpoint, join_paths, run_folder, stored_config
@@ -49,13 +50,14 @@ _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_v
           "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
-_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model")
+_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
+          "Loading `train_dataloader`", "Using bfloat16", "Using 16bit", "Seed set to")  # fmt: skip
 
 
 class Parser(LightningArgumentParser):
     """A parser whose errors take one line, and which takes no abbreviations for options."""
 
-    args: Sequence[str] = ()
+    command_line: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -64,7 +66,7 @@ class Parser(LightningArgumentParser):
         """Say what is wrong with the command line, in one line, and exit."""
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions]
-        error = UsageError(explain(message, keys, Parser.args, config_texts(Parser.args)))
+        error = UsageError(explain(message, keys, Parser.command_line, config_texts(Parser.command_line)))
         error.__cause__ = ex
         # The parser takes an exception inside a nested class for one more alternative that did not fit; not an exit.
         raise SystemExit(_refuse(error))
@@ -109,7 +111,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, on top of what the checkpoint carries if one is named."""
         args = join_paths(args)
-        Parser.args = args
+        Parser.command_line = args
         self.config = parser.parse_args(args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
@@ -193,13 +195,13 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """End with where the run is, how to look at it, and how to test it."""
         trainer = self.trainer
-        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
             return
         folder = Path(os.path.relpath(trainer.log_dir))
-        callback = next((c for c in trainer.callbacks if isinstance(c, Checkpoint)), None)
+        callback = next(iter(trainer.checkpoint_callbacks), None)
         _say(f"run:         {folder}")
         _say(f"TensorBoard: tensorboard --logdir {folder}")
-        if callback is not None and callback.best is not None:
+        if isinstance(callback, Checkpoint) and callback.best is not None:
             _say(f"test:        python -m src test --ckpt_path {os.path.relpath(callback.best)}")
 
 
@@ -241,8 +243,10 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 for a failure; 2 for a command that cannot be. Set ``LIVE_CIFAR10_TRACEBACK=1`` to see
         where an error comes from.
     """
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    # Raised inside Lightning: Lightning issue 21326.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     try:
         cli = CLI(list(sys.argv[1:] if args is None else args))
     except (UsageError, Failure) as error:

@@ -1,7 +1,7 @@
 """The two ways in which a command can be refused; `src.cli.main` turns each into one line and an exit status."""
 
 
-class UsageError(Exception):  # noqa: N818 (the line printed says that it is one)
+class UsageError(Exception):
     """The command asks for something that cannot be: exit status 2."""
 
 

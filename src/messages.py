@@ -1,9 +1,10 @@
-"""Turns what the parser says of a bad command line or config into one line: the key, what is wrong, what would be right."""
+"""Turns what the parser says of a bad command line into one line: the key, what is wrong, what would be right."""
 
 import difflib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +13,19 @@ import yaml
 from src.data import Augmentation, ImageData, Mixing
 from src.networks import Network
 
-_BASES: dict[str, type] = {"ImageData": ImageData, "Network": Network, "Augmentation": Augmentation, "Mixing": Mixing}
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+_BASES: dict[str, type] = {
+    "ImageData": ImageData,
+    "Network": Network,
+    "Augmentation": Augmentation,
+    "Mixing": Mixing,
+}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "NoneType": "null",
+}
 
 
 def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Sequence[str]) -> str:
@@ -97,7 +109,8 @@ def _choices(base: str) -> str:
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for sub in base.__subclasses__():
+    found: list[type] = type.__subclasses__(base)
+    for sub in found:
         yield sub
         yield from _subclasses(sub)
 
@@ -127,7 +140,7 @@ def _locate(name: str, args: Sequence[str], configs: Sequence[str]) -> str:
         option = word.split("=")[0]
         if option.startswith("--") and option.endswith(f".{name}"):
             return option.removeprefix("--").replace(".init_args", "")
-    for option, value in zip(args, args[1:], strict=False):
+    for option, value in pairwise(args):
         if option.startswith("--") and value.startswith(("[", "{")):
             key = full_key(name, {option.removeprefix("--").rstrip("+"): yaml.safe_load(value)})
             if key != name:

@@ -1,0 +1,1 @@
+"""Thin seams that hang curves, reports and checkpoints on the Trainer."""

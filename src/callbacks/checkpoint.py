@@ -16,9 +16,7 @@ class Checkpoint(ModelCheckpoint):
         every_n_epochs: Epochs between two checkpoints, at least 1.
     """
 
-    def __init__(
-        self, monitor: str = "val/acc", mode: Literal["max", "min"] = "max", every_n_epochs: int = 1
-    ) -> None:
+    def __init__(self, monitor: str = "val/acc", mode: Literal["max", "min"] = "max", every_n_epochs: int = 1) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs: {every_n_epochs} is out of range: at least 1")
         super().__init__(
@@ -42,6 +40,11 @@ class Checkpoint(ModelCheckpoint):
         if not trainer.enable_validation:
             self.monitor = None
         super().on_train_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass over an epoch that was cut short before its validation: `on_train_end` saves it."""
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the weights of a run that ended between two checkpoints, e.g. by ``max_steps``."""

@@ -26,6 +26,10 @@ class Point(NamedTuple):
     copied: torch.cuda.Event | None
     rates: dict[str, float]
 
+    def arrived(self) -> bool:
+        """Return whether the sums can be read without waiting."""
+        return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
+
 
 class Curves(pl.Callback):
     """Collects what training measures, and logs it.
@@ -51,7 +55,9 @@ class Curves(pl.Callback):
         """Begin the sums of an epoch."""
         self._epoch.clear()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Note the lr that this step will use: afterwards the schedule has moved on."""
         self._lrs = {}
         for group in trainer.optimizers[0].param_groups:
@@ -65,7 +71,7 @@ class Curves(pl.Callback):
         measured = (outputs["loss"], outputs["correct"], len(batch.ids), batch.total)
         self._interval.append(measured)
         self._epoch.append(measured)
-        every = trainer.log_every_n_steps
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set outside of __init__
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if every and self._step % every == 0:
@@ -104,14 +110,14 @@ class Curves(pl.Callback):
         if sums.is_cuda:
             device_sums, sums = sums, torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             sums.copy_(device_sums, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         self._points.append(Point(self._step, sums, copied, rates | {"seconds": elapsed}))
         self._write(trainer)
 
     def _write(self, trainer: pl.Trainer, wait: bool = False) -> None:
         """Log the points that have arrived from the device; with `wait`, all."""
-        while self._points and (wait or self._points[0].copied is None or self._points[0].copied.query()):
+        while self._points and (wait or self._points[0].arrived()):
             step, sums, copied, rates = self._points.popleft()
             if copied is not None:
                 copied.synchronize()

@@ -35,7 +35,8 @@ class Pictures(pl.Callback):
 def picture(images: Tensor, data: ImageData) -> Tensor:
     """Return a sheet of up to 64 normalised images as they look to a person, float32 ``[3, h, w]`` in [0, 1]."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (data.mean, data.std))
-    return make_grid((images[:64].float() * std + mean).clamp(0, 1), nrow=8, padding=1).cpu()
+    sheet: Tensor = make_grid((images[:64].float() * std + mean).clamp(0, 1), nrow=8, padding=1)
+    return sheet.cpu()
 
 
 def _writer(trainer: pl.Trainer) -> Any:

@@ -1,6 +1,6 @@
 """The results of `predict`: file, class and probability, printed and written.
 
-    python -m src predict --ckpt_path best --data.images photos/
+python -m src predict --ckpt_path best --data.images photos/
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""What was asked for, kept with the run: config.yaml in its folder, the config in every checkpoint, hparams in TensorBoard."""
+"""Keeps with a run what was asked for: config.yaml, the same in every checkpoint, and the hparams of TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ class RunRecord(SaveConfigCallback):
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Put the config, as YAML, into the checkpoint: it can be tested without naming a config."""
-        checkpoint["config"] = self.parser.dump(self.config, skip_none=False, format="yaml")
+        checkpoint["config"] = self.parser.dump(self.config, skip_unset=False, format="yaml")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the hyper-parameters together with what they led to."""

@@ -1,21 +1,22 @@
 """The results of `validate` and `test`: a table a person reads, and files another program reads.
 
-    python -m src test --ckpt_path best
+python -m src test --ckpt_path best
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from src.classifier import ImageClassifier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Report(pl.Callback):
@@ -83,8 +84,11 @@ def class_scores(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -
     }
 
 
-def confusion_figure(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -> Figure:
+def confusion_figure(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -> "Figure":
     """Draw the confusion matrix; without pyplot, whose global state outlives the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, as it takes half a second to load
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 6.0), dpi=100, layout="tight")
     FigureCanvasAgg(figure)
     confusion.plot(ax=figure.add_subplot(), labels=list(classes))

@@ -78,7 +78,7 @@ class CIFAR10(ImageData):
 
     def _fetch(self, archive: Path) -> None:
         advice = (
-            f"put {_ARCHIVE} from {_OFFICIAL.url} into {archive.parent}, or name the folder that has it by --data.root; "
+            f"put {_ARCHIVE} from {_OFFICIAL.url} into {archive.parent}, or name its folder by --data.root; "
             f"configs/quickstart.yaml needs no download"
         )
         if not self.download:
@@ -97,7 +97,9 @@ def _from_folder(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str,
         try:
             yield str(path), name, path.read_bytes()
         except OSError as error:
-            raise Failure(f"{path} cannot be read ({error.strerror}): CIFAR-10 needs it; get the whole set anew") from error
+            raise Failure(
+                f"{path} cannot be read ({error.strerror}): CIFAR-10 needs it; get the whole set anew"
+            ) from error
 
 
 def _from_archive(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, str, bytes]]:
@@ -127,8 +129,11 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of the three globals that a pickled array needs."""
-        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
-            return np._core.multiarray._reconstruct
+        if (module, name) in {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+        }:
+            return np.empty(0).__reduce__()[0]  # NumPy's own, wherever this version keeps it
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
             return getattr(np, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -152,7 +157,7 @@ def parse_batch(name: str, content: bytes) -> tuple[Tensor, Tensor]:
         rows, classes = batch[b"data"], torch.tensor(batch[b"labels"], dtype=torch.int64)
         if not (isinstance(rows, np.ndarray) and rows.dtype == np.uint8 and rows.shape == (len(classes), 3072)):
             raise ValueError("its data is not uint8 [n, 3072]")
-        if classes.ndim != 1 or (len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < 10)):
+        if classes.ndim != 1 or (len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) < 10)):
             raise ValueError("its labels are not classes from 0 to 9")
     except Exception as error:  # a damaged pickle can raise almost anything
         raise Failure(f"{name} is not a CIFAR-10 batch: {error}") from error

@@ -1,6 +1,6 @@
 """Image files of any size and mode, for `predict`.
 
-    python -m src predict --ckpt_path best --data.images cat.png photos/
+python -m src predict --ckpt_path best --data.images cat.png photos/
 """
 
 import warnings
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from src.data.loader import Batch, Normalize
@@ -107,7 +107,7 @@ def read_image(path: Path, size: int) -> Tensor:
                 return torch.from_numpy(np.array(square))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OSError(f"it claims more than {MAX_PIXELS:,} pixels") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise OSError("it is not an image that can be read") from error
     except OSError as error:
         raise OSError(error.strerror or str(error) or "it cannot be read") from error

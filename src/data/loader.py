@@ -44,7 +44,7 @@ class Normalize:
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Map uint8 ``[b, h, w, 3]`` to float32 ``[b, 3, h, w]`` in channels_last layout, without a copy to get there."""
+        """Map uint8 ``[b, h, w, 3]`` to float32 ``[b, 3, h, w]`` in channels_last layout, which takes no copy."""
         return ((pixels.float() - self.shift) * self.scale).permute(0, 3, 1, 2)
 
 

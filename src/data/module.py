@@ -124,7 +124,7 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResidentLoader:
         """Return the loader of the training images, in a new order each epoch."""
-        shuffle = self.trainer is None or self.trainer.overfit_batches == 0
+        shuffle = self.trainer is None or self.trainer.overfit_batches == 0  # type: ignore[attr-defined] # set outside of __init__
         return self._loader("train", self.split()[0], self.batch_size, shuffle=shuffle, train=True)
 
     def val_dataloader(self) -> ResidentLoader | list[ResidentLoader]:

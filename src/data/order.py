@@ -85,7 +85,7 @@ def stratified_split(labels: Tensor, size: int, seed: int, purpose: str) -> tupl
         less than one image (largest remainders first, then the lower class).
     """
     draw = torch.randperm(len(labels), generator=generator(seed, purpose))
-    by_class = [draw[labels[draw] == label] for label in labels.unique()]
+    by_class = [draw[labels[draw] == label] for label in range(int(labels.max()) + 1)]
     shares = [size * len(members) / len(labels) for members in by_class]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda c: counts[c] - shares[c])

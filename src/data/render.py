@@ -54,7 +54,7 @@ def render_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 # of classes, so that every chunk starts with class 0.
 _CHUNK = 250
 
-_CLUTTER_BEHIND = 3
+_CLUTTER_BEHIND = 2
 _CLUTTER_IN_FRONT = 1
 
 
@@ -62,12 +62,15 @@ def _render_chunk(n: int, generator: Generator) -> Tensor:
     """Render n pictures, the i-th of class i % 10, as uint8 [n, 32, 32, 3]."""
     # Only elementwise operations that round alike in vectorised and scalar code (no lerp, addcmul or hypot)
     # touch pixels: which of the two a pixel meets depends on how the threads divide the tensor.
-    background = _uniform(generator, n, 3, low=0.0, high=1.0)
-    # Stepping round the unit circle of each channel keeps the contrast above a minimum, in either direction.
-    foreground = (background + _uniform(generator, n, 3, low=0.2, high=0.8)) % 1.0
+    # The contrast has one sign in all channels, so no shape is as bright as its background. More shapes are
+    # light than dark: with no bias at all, networks need epochs to find anything to learn.
+    dark = _uniform(generator, n, 3, low=0.0, high=0.6)
+    light = dark + _uniform(generator, n, 3, low=0.15, high=0.4)
+    inverse = torch.rand(n, 1, generator=generator) < 0.3
+    background, foreground = torch.where(inverse, light, dark), torch.where(inverse, dark, light)
 
-    ramp, _ = _local_grid(n, generator, reach=0.0)
-    slope = _uniform(generator, n, 3, low=-0.2, high=0.2) / SIZE
+    ramp, _ = _local_grid(n, generator, reach=0.0, turn=torch.pi)
+    slope = _uniform(generator, n, 3, low=-0.12, high=0.12) / SIZE
     canvas = background[..., None, None] + slope[..., None, None] * ramp[:, None]
     for _ in range(_CLUTTER_BEHIND):
         _paint_clutter(canvas, generator)
@@ -76,15 +79,15 @@ def _render_chunk(n: int, generator: Generator) -> Tensor:
         _paint_clutter(canvas, generator)
 
     noise = torch.randn(canvas.shape, generator=generator)
-    canvas += noise.mul_(_uniform(generator, n, 1, 1, 1, low=0.02, high=0.1))
+    canvas += noise.mul_(_uniform(generator, n, 1, 1, 1, low=0.01, high=0.06))
     return canvas.mul_(255.0).round_().clamp_(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _shape_distance(n: int, generator: Generator) -> Tensor:
     """Signed distance in pixels, float32 [n, 32, 32], to a randomly placed shape of class i % 10."""
-    radius = _uniform(generator, n, 1, 1, low=6.5, high=12.0)
+    radius = _uniform(generator, n, 1, 1, low=7.5, high=12.0)
     stretch = _uniform(generator, n, 1, 1, low=0.87, high=1.15)
-    x, y = _local_grid(n, generator, reach=5.0)
+    x, y = _local_grid(n, generator, reach=4.0, turn=0.25 * torch.pi)
     x /= radius * stretch
     y /= radius / stretch
     distance = torch.empty_like(x)
@@ -97,9 +100,9 @@ def _shape_distance(n: int, generator: Generator) -> Tensor:
 def _paint_clutter(canvas: Tensor, generator: Generator) -> None:
     """Paint one small blob, line or outline of a random colour on each picture of the canvas, in place."""
     n = len(canvas)
-    length = _uniform(generator, n, 1, 1, low=0.0, high=6.0)
-    radius = _uniform(generator, n, 1, 1, low=0.6, high=2.5)
-    x, y = _local_grid(n, generator, reach=16.0)
+    length = _uniform(generator, n, 1, 1, low=0.0, high=5.0)
+    radius = _uniform(generator, n, 1, 1, low=0.6, high=1.9)
+    x, y = _local_grid(n, generator, reach=16.0, turn=torch.pi)
     x = x.abs_().sub_(length).clamp_(min=0.0)
     distance = x.mul_(x).add_(y.mul_(y)).sqrt_().sub_(radius)
     _paint(canvas, distance, _uniform(generator, n, 3, low=0.0, high=1.0))
@@ -111,17 +114,18 @@ def _paint(canvas: Tensor, distance: Tensor, colour: Tensor) -> None:
     canvas += (colour[..., None, None] - canvas).mul_(coverage[:, None])
 
 
-def _local_grid(n: int, generator: Generator, *, reach: float) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates, float32 [n, 32, 32] each, in n frames turned and shifted at random.
+def _local_grid(n: int, generator: Generator, *, reach: float, turn: float) -> tuple[Tensor, Tensor]:
+    """Pixel coordinates (right, up), float32 [n, 32, 32] each, in n randomly shifted and turned frames.
 
-    The frames' origins lie within `reach` pixels of the picture's centre, horizontally and vertically.
+    A frame's origin lies within `reach` pixels of the picture's centre, horizontally and vertically; its
+    angle within `turn` radians of upright.
     """
-    angle = _uniform(generator, n, 1, 1, low=0.0, high=2.0 * torch.pi)
+    angle = _uniform(generator, n, 1, 1, low=-turn, high=turn)
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
-    across = axis - _uniform(generator, n, 1, 1, low=-reach, high=reach)
-    down = axis[:, None] - _uniform(generator, n, 1, 1, low=-reach, high=reach)
+    right = axis - _uniform(generator, n, 1, 1, low=-reach, high=reach)
+    up = -axis[:, None] - _uniform(generator, n, 1, 1, low=-reach, high=reach)
     cos, sin = angle.cos(), angle.sin()
-    return cos * across + sin * down, cos * down - sin * across
+    return cos * right + sin * up, cos * up - sin * right
 
 
 def _uniform(generator: Generator, *shape: int, low: float, high: float) -> Tensor:
@@ -146,10 +150,10 @@ def _moon(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    # A square standing on its corner, with discs bulging from two adjacent sides.
-    x, y = x + 0.2, y + 0.2
-    lobes = torch.minimum(_norm(x - 0.55, y), _norm(x, y - 0.55))
-    return torch.minimum(lobes, torch.maximum(x.abs(), y.abs())) - 0.55
+    # A square standing on its corner, with discs bulging from its two upper sides.
+    x, y = 0.707 * (x + y) + 0.2, 0.707 * (y - x) + 0.2
+    lobes = torch.minimum(_norm(x - 0.6, y), _norm(x, y - 0.6))
+    return torch.minimum(lobes, torch.maximum(x.abs(), y.abs())) - 0.6
 
 
 def _square(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Shapes10, the embedded data set: ten classes of rendered shapes, made from a seed in about a second.
 
-    python -m src fit --config configs/quickstart.yaml
+python -m src fit --config configs/quickstart.yaml
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """The small CNN: four convolutions, each halving the image, and two linear layers.
 
-    python -m src fit --config configs/cifar10.yaml
+python -m src fit --config configs/cifar10.yaml
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +40,7 @@ class CNN(Network):
         self.weights = weights
         widths = (3, 32, 64, 128, 256)
         layers: list[nn.Module] = []
-        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (width_in, width_out) in enumerate(pairwise(widths)):
             layers += _conv3x3(width_in, width_out, separable=conv == "separable" and i > 0, bias=norm == "none")
             if norm == "batch":
                 layers.append(nn.BatchNorm2d(width_out))

@@ -1,7 +1,7 @@
 """torchvision's ResNets, with a stem for small images or with their ImageNet weights.
 
-    python -m src fit --config configs/resnet18.yaml
-    python -m src fit --config configs/transfer.yaml
+python -m src fit --config configs/resnet18.yaml
+python -m src fit --config configs/transfer.yaml
 """
 
 from pathlib import Path

@@ -1,11 +1,12 @@
 """Learning-rate schedules that know how long the run is, as a pure function of the step.
 
-    python -m src fit --config configs/cifar10_regularized.yaml --model.lr_scheduler.init_args.pct_start 0.2
+python -m src fit --config configs/cifar10_regularized.yaml --model.lr_scheduler.init_args.pct_start 0.2
 """
 
 import math
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -45,9 +46,9 @@ class OneCycle(LRScheduler):
     def set_total_steps(self, total_steps: int) -> None:
         """Say how many optimizer steps the run will take, before the first of them."""
         self.total_steps = total_steps
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
         self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
     def factor(self, step: int) -> float:
         """Return lr / peak at a step; the last step of the run has the last lr."""
@@ -57,7 +58,7 @@ class OneCycle(LRScheduler):
         decay = max(self.total_steps - 1 - warm_up, 1e-9)
         return self._slope(1.0, self.last, min((step - warm_up) / decay, 1.0))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the lr of each parameter group at the current step."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
 

@@ -1,0 +1,198 @@
+"""Bad input gets one line that names the key or the file, the right exit status, and leaves no run behind."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.cli import main
+from tests.conftest import TINY, run_src
+
+BAD_ARGUMENTS = [
+    (["fit", "--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs?"),
+    (["fit", "--trainr.max_epochs=3"], "unknown option --trainr.max_epochs; did you mean --trainer.max_epochs?"),
+    (["fit", "--data.batch_sise", "3"], "unknown key data.batch_sise; did you mean data.batch_size?"),
+    (["fit", "--model.optimizer.lrr", "3"], "unknown key model.optimizer.lrr; did you mean model.optimizer.lr?"),
+    (["fit", "stray"], "'stray' is not an option"),
+    (["fitt"], "unknown sub-command 'fitt'; choose from fit, validate, test, predict"),
+    ([], "give a sub-command: fit, validate, test, predict"),
+    (["fit", "--config", "nowhere.yaml"], "config: there is no file"),
+    (["fit", "--trainer.max_epochs", "many"], "trainer.max_epochs: 'many' is not valid; expected a whole number"),
+    (["fit", "--data.batch_size", "big"], "data.batch_size: 'big' is not valid; expected a whole number"),
+    (["fit", "--model.optimizer.lr", "fast"], "model.optimizer.lr: 'fast' is not valid; expected a number"),
+    (["fit", "--trainer.precision", "9-true"], "trainer.precision: '9-true' is not valid; expected"),
+    (["fit", "--seed_everything", "true"], "seed_everything: give a whole number"),
+    (["fit", "--checkpoint.mode", "big"], "checkpoint.mode: 'big' is not valid; expected one of max, min"),
+    (["fit", "--data", "CIFAR100"], "data: there is no class CIFAR100; there are CIFAR10, Shapes10"),
+    (["fit", "--model.network", "CNNN"], "model.network: there is no class CNNN; there are CNN, ResNet"),
+    (["fit", "--model.network", "torch.nn.Linear"], "model.network: torch.nn.Linear is not a Network"),
+    (["fit", "--data.augment", "[{class_path: RandomFlip, init_args: {mode: up}}]"], "data.augment.mode: 'up' is not"),
+    (["fit", "--model.optimizer.lr", "-1"], "model.optimizer.lr: -1.0 is out of range: at least 0"),
+    (["fit", "--model.optimizer.lr", ".inf"], "model.optimizer.lr: inf is out of range"),
+    (["fit", "--model.optimizer.momentum", "1.5"], "model.optimizer.momentum: 1.5 is out of range: at least 0, below 1"),
+    (["fit", "--model.label_smoothing", "1"], "model.label_smoothing: 1.0 is out of range: at least 0, below 1"),
+    (["fit", "--model.freeze_backbone", "-1"], "model.freeze_backbone: -1 is out of range"),
+    (["fit", "--model.network.dropout", "1.5"], "model.network.dropout: 1.5 is out of range: at least 0, below 1"),
+    (["fit", "--model.lr_scheduler", "OneCycle", "--model.lr_scheduler.pct_start", "2"], "model.lr_scheduler.pct_start: 2"),
+    (["fit", "--data.batch_size", "0"], "data.batch_size: 0 is out of range: at least 1 image"),
+    (["fit", "--data.val_size", "1.5"], "data.val_size: 1.5 is out of range: a number of images, or a share in [0, 1)"),
+    (["fit", "--data.train_fraction", "0"], "data.train_fraction: 0.0 is out of range: above 0, up to 1"),
+    (["fit", "--data.val_size", "99999"], "data.val_size: 99999 leaves nothing to train on"),
+    (["fit", "--data.augment", "[{class_path: RandomCrop, init_args: {padding: 0}}]"], "data.augment.padding: 0 is out"),
+    (["fit", "--trainer.max_epochs", "-5"], "trainer.max_epochs: -5 is out of range: at least -1"),
+    (["fit", "--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 is out of range"),
+    (["fit", "--trainer.limit_train_batches", "-1"], "-1 for limit_train_batches"),
+    (["fit", "--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], "trainer.precision: 16-mixed: float16"),
+    (["fit", "--ckpt_path", "https://example.org/x.ckpt"], "ckpt_path: https://example.org/x.ckpt is a URL"),
+    (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
+    (["validate"], "validate needs weights"),
+    (["predict"], "predict needs weights"),
+]
+
+BAD_CONFIGS = [
+    ("trainer: {max_epoch: 3}", "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
+    ("optimiser: 1", "unknown key optimiser"),
+    ("data: {class_path: CIFAR10, init_args: {batch_sise: 3}}", "unknown key data.batch_sise; did you mean data.batch_"),
+    ("model: {network: {class_path: CNN, init_args: {dropout: 1.5}}}", "model.network.dropout: 1.5 is out of range"),
+    ("model: [", "config: not valid YAML"),
+]
+
+FAILURES = [
+    (["fit", "--trainer.accelerator", "gpu"], "trainer.accelerator: gpu: torch finds none on this machine"),
+    (["fit", "--ckpt_path", "last"], "ckpt_path: no run in lightning_logs has a last.ckpt yet"),
+    (["test", "--ckpt_path", "best"], "ckpt_path: no run in lightning_logs has a best.ckpt yet"),
+    (["test", "--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
+    (["predict", "--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
+    (["fit", "--data", "CIFAR10", "--data.download", "false"], "there is no CIFAR-10 in data: put cifar-10-python.tar.gz"),
+    (["fit", "--model.network", "CNN", "--model.network.weights", "no.pt"], "weights: there is no file no.pt"),
+]
+
+
+def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run a command that must be refused; return its exit status and the one line that it printed."""
+    try:
+        status = main(args)
+    except SystemExit as exit_:
+        status = int(str(exit_.code))
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not Path("lightning_logs").exists(), "a run folder was left behind"
+    return status, error.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("args", "line"), BAD_ARGUMENTS, ids=[" ".join(a) for a, _ in BAD_ARGUMENTS])
+def test_a_bad_argument_is_refused_in_one_line(
+    args: list[str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, error = refusal(args, capsys)
+    assert (status, line in error) == (2, True), error
+
+
+@pytest.mark.parametrize(("text", "line"), BAD_CONFIGS)
+def test_a_bad_config_is_refused_in_one_line(
+    text: str, line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(text)
+    status, error = refusal(["fit", "--config", "bad.yaml"], capsys)
+    assert (status, line in error) == (2, True), error
+
+
+@pytest.mark.parametrize(("args", "line"), FAILURES, ids=[" ".join(a) for a, _ in FAILURES])
+def test_a_failure_of_the_world_is_told_in_one_line(
+    args: list[str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "gpu" in args and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    status, error = refusal(args, capsys)
+    assert (status, line in error) == (1, True), error
+
+
+def test_in_a_process_of_its_own_there_is_the_line_and_nothing_else(tmp_path: Path) -> None:
+    done = run_src("fit", "--data.batch_size", "0", cwd=tmp_path, status=2)
+    assert done.stderr == "error: data.batch_size: 0 is out of range: at least 1 image\n"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traceback_is_shown_to_who_asks_for_it(tmp_path: Path) -> None:
+    done = run_src("fit", "--data.batch_size", "0", cwd=tmp_path, status=2, LIVE_CIFAR10_TRACEBACK="1")
+    assert "Traceback" in done.stderr
+
+
+def damaged(source: Path, target: Path, how: str) -> None:
+    """Write a checkpoint that is damaged in a certain way."""
+    content = source.read_bytes()
+    if how == "cut short":
+        target.write_bytes(content[: len(content) // 2])
+    elif how == "no checkpoint":
+        target.write_text("not a checkpoint")
+    elif how == "other content":
+        torch.save({"state_dict": {}}, target)
+    else:
+        checkpoint = torch.load(source, weights_only=True)
+        checkpoint["config"] = re.sub(r"class_path: src.networks.CNN", "class_path: evil.Network", checkpoint["config"])
+        torch.save(checkpoint, target)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("cut short", "cannot be read as a checkpoint: it is damaged or cut short"),
+        ("no checkpoint", "cannot be read as a checkpoint"),
+        ("other content", "is not a checkpoint of this project"),
+        ("untrusted class", "asks for the class evil.Network"),
+    ],
+)
+def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(
+    how: str,
+    line: str,
+    trained: tuple[Path, str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("evil.py").write_text("open('marker', 'w').close()")
+    damaged(trained[0] / "lightning_logs/version_0/checkpoints/last.ckpt", Path("bad.ckpt"), how)
+    status, error = refusal(["test", "--ckpt_path", "bad.ckpt"], capsys)
+    assert (status, "bad.ckpt" in error, line in error) == (1, True, True), error
+    assert not Path("marker").exists()
+
+
+def test_a_checkpoint_that_would_run_code_runs_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gadget:
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return open, ("marker", "w")
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "config": Gadget()}, "bad.ckpt")
+    status, error = refusal(["test", "--ckpt_path", "bad.ckpt"], capsys)
+    assert (status, "nothing in it was run" in error) == (1, True), error
+    assert not Path("marker").exists()
+
+
+def test_weights_of_another_network_are_refused_by_the_tensor(
+    trained: tuple[Path, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = trained[0] / "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert main(["test", "--ckpt_path", str(checkpoint), *TINY[:4], "--model.network.norm", "batch"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ckpt_path: the checkpoint holds another network")
+    assert "network.features" in error

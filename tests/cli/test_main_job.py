@@ -1,0 +1,238 @@
+"""The main job as a user meets it: fit, look, validate, test, predict."""
+
+import csv
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.cli import main
+from tests.conftest import TINY, run_src
+
+CURVES = ("train/loss", "train/acc", "val/loss", "val/acc", "lr", "images/s")
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the curves of a run: (step, value) by tag."""
+    events = EventAccumulator(str(run)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def run(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of the tiny fit; the test works in the folder that it ran in."""
+    monkeypatch.chdir(trained[0])
+    return Path("lightning_logs/version_0")
+
+
+def test_a_fit_tells_the_device_each_epoch_in_two_lines_and_how_to_go_on(trained: tuple[Path, str]) -> None:
+    lines = trained[1].splitlines()
+    assert lines[0].startswith("device: ")
+    assert "precision: " in lines[0]
+    assert "chosen for this device" in lines[0]
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split("  ")[:2] for line in epochs] == [["epoch 1/2", "step 6"], ["epoch 2/2", "step 12"]]
+    assert all(name in epochs[0] for name in ("train/loss", "train/acc", "images/s", "lr"))
+    assert "val/acc" in lines[lines.index(epochs[0]) + 1]
+    assert lines[-3:] == [
+        "run:         lightning_logs/version_0",
+        "TensorBoard: tensorboard --logdir lightning_logs/version_0",
+        "test:        python -m src test --ckpt_path lightning_logs/version_0/checkpoints/best.ckpt",
+    ]
+    assert len(lines) == 1 + 2 * 2 + 3, "something else is printed"
+
+
+def test_the_run_folder_holds_config_checkpoints_and_curves(run: Path) -> None:
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["init_args"]["batch_size"] == 50
+    assert config["trainer"]["precision"] in ("bf16-mixed", "32-true")
+    curves = scalars(run)
+    assert [step for step, _ in curves["train/loss"]] == list(range(1, 13))
+    assert [step for step, _ in curves["val/acc"]] == [6, 12]
+    assert set(CURVES) <= curves.keys()
+
+
+def test_a_checkpoint_holds_plain_values_and_loads_as_lightning_documents_it(run: Path) -> None:
+    from src.classifier import ImageClassifier
+
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 12
+    model = ImageClassifier.load_from_checkpoint(run / "checkpoints/last.ckpt")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, checkpoint["state_dict"][name])
+
+
+def test_validate_gives_what_fit_logged_to_the_last_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from src.cli import CLI
+
+    metrics = CLI(["validate", "--ckpt_path", "last"]).trainer.callback_metrics
+    logged = scalars(run)
+    for name in ("val/loss", "val/acc"):
+        assert metrics[name].item() == logged[name][-1][1]
+    assert f"val/acc {metrics['val/acc']:.4f}" in capsys.readouterr().out
+
+
+def test_test_writes_its_results_into_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "--ckpt_path", "best"]) == 0
+    results = json.loads((run / "test.json").read_text())
+    assert results["checkpoint"] == "lightning_logs/version_0/checkpoints/best.ckpt"
+    assert results["step"] in (6, 12)
+    assert sum(score["images"] for score in results["per_class"].values()) == 100
+    hits = sum(round(score["images"] * score["acc"]) for score in results["per_class"].values())
+    assert results["test/acc"] == pytest.approx(hits / 100)
+    assert results["test/loss"] > 0
+    with Image.open(run / "test_confusion.png") as picture:
+        assert picture.width >= 500
+    output = capsys.readouterr().out
+    assert f"test/acc {results['test/acc']:.4f}" in output
+    assert "precision" in output
+    assert [p.name for p in Path("lightning_logs").iterdir()] == ["version_0"], "an evaluation is not a run"
+
+
+def test_predict_names_class_and_probability_of_any_image_and_the_unreadable(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("pictures")
+    folder.mkdir(exist_ok=True)
+    Image.new("RGBA", (300, 40), (255, 0, 0, 100)).save(folder / "wide.png")
+    Image.new("L", (5, 9), 7).save(folder / "small.jpg")
+    Path("broken.png").write_bytes(b"no picture")
+    assert main(["predict", "--ckpt_path", "best", "--data.images", "pictures", "broken.png"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: broken.png: it is not an image that can be read\n"
+    with (run / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["pictures/small.jpg", "pictures/wide.png"]
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    assert rows[0]["class"] in captured.out
+    assert main(["predict", "--ckpt_path", "best", "--data.images", "pictures"]) == 0
+    assert main(["predict", "--ckpt_path", "best"]) == 1
+    assert "no image given" in capsys.readouterr().err
+
+
+def test_the_command_line_beats_the_config_which_beats_the_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from src.cli import CLI
+
+    (tmp_path / "a.yaml").write_text("model: {label_smoothing: 0.2}\ndata: {eval_batch_size: 7}")
+    cli = CLI(["validate", "--config", str(tmp_path / "a.yaml"), "--ckpt_path", "last", "--data.eval_batch_size=9"])
+    assert cli.model.hparams["label_smoothing"] == 0.2
+    assert cli.datamodule.eval_batch_size == 9
+    assert cli.datamodule.batch_size == 50, "what nobody names comes from the checkpoint"
+
+
+def test_the_saved_config_starts_the_same_run_again(run: Path) -> None:
+    assert main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", "again"]) == 0
+    first, second = (
+        torch.load(root / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for root in (run, Path("again/lightning_logs/version_0"))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    ours, theirs = scalars(run), scalars(Path("again/lightning_logs/version_0"))
+    assert ours["train/loss"] == theirs["train/loss"]
+
+
+def test_another_seed_gives_another_run(run: Path) -> None:
+    assert main(["fit", *TINY, "--seed_everything=1", "--trainer.default_root_dir=other"]) == 0
+    assert scalars(run)["train/loss"] != scalars(Path("other/lightning_logs/version_0"))["train/loss"]
+
+
+@pytest.fixture
+def tensorboard(run: Path) -> Iterator[str]:
+    """The address of TensorBoard on the tiny fit's run, until the test ends."""
+    from tensorboard import program
+
+    server = program.TensorBoard()
+    server.configure(argv=[None, "--logdir", str(run), "--port", "0", "--load_fast", "false"])
+    yield server.launch()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:pkg_resources is deprecated:UserWarning",  # TensorBoard issue 7003
+)
+def test_tensorboard_serves_every_curve_and_picture(tensorboard: str) -> None:
+    def get(path: str) -> dict[str, dict[str, object]]:
+        with urllib.request.urlopen(f"{tensorboard}data/plugin/{path}", timeout=30) as answer:
+            content: dict[str, dict[str, object]] = json.load(answer)
+            return content
+
+    tags = get("scalars/tags")["."]
+    assert set(CURVES) <= tags.keys()
+    with urllib.request.urlopen(f"{tensorboard}data/plugin/scalars/scalars?run=.&tag=val%2Facc", timeout=30) as answer:
+        assert [point[1] for point in json.load(answer)] == [6, 12]
+    assert {"train/batch", "val/confusion"} <= get("images/tags")["."].keys()
+
+
+def test_hyper_parameters_are_logged_with_the_final_metrics(run: Path) -> None:
+    assert "final/val_acc" in scalars(run)
+    events = EventAccumulator(str(run)).Reload()
+    assert "_hparams_/session_start_info" in events.Tags()["tensors"] or any(
+        tag.startswith("_hparams_") for tag in events.PluginTagToContent("hparams")
+    )
+
+
+def test_two_processes_train_as_one(run: Path, tmp_path: Path) -> None:
+    run_src(
+        "fit", "--config", run.resolve() / "config.yaml", "--trainer.default_root_dir", ".",
+        "--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.precision=32-true",
+        cwd=tmp_path / ".",
+    )  # fmt: skip
+    assert main(["fit", "--config", str(run / "config.yaml"), "--trainer.precision=32-true",
+                 "--trainer.default_root_dir=single"]) == 0  # fmt: skip
+    single, double = (scalars(p / "lightning_logs/version_0") for p in (Path("single"), tmp_path))
+    assert [step for step, _ in single["train/loss"]] == [step for step, _ in double["train/loss"]]
+    for (_, one), (_, two) in zip(single["train/loss"], double["train/loss"], strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+    assert single["val/acc"] == double["val/acc"]
+
+
+def test_averaged_weights_are_what_validates_and_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from src.cli import CLI
+
+    monkeypatch.chdir(tmp_path)
+    ema = '{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}'
+    assert main(["fit", *TINY, "--trainer.callbacks+", ema]) == 0
+    checkpoint = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    raw = checkpoint["current_model_state"]
+    assert not torch.equal(raw["network.head.weight"], checkpoint["state_dict"]["network.head.weight"])
+    metrics = CLI(["validate", "--ckpt_path", "last"]).trainer.callback_metrics
+    assert metrics["val/loss"].item() == scalars(Path("lightning_logs/version_0"))["val/loss"][-1][1]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_the_precision_that_is_asked_for_is_used(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.precision", precision]) == 0
+    assert f"precision: {precision} (as asked)" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_before_any_validation_leaves_its_last_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--trainer.max_steps=3"]) == 0
+    assert capsys.readouterr().out.endswith("--ckpt_path lightning_logs/version_0/checkpoints/last.ckpt\n")
+    assert torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_run_without_a_val_split_keeps_its_last_weights_as_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--data.val_size=0"]) == 0
+    assert "no validation" in capsys.readouterr().out
+    checkpoint = torch.load("lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 16
+    assert main(["test", "--ckpt_path", "best"]) == 0

@@ -1,0 +1,51 @@
+"""What the tests share: the command line, run as a user runs it, and the real CIFAR-10 where it is at hand."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "configs"
+TINY = [
+    "--data=Shapes10",
+    "--data.train_images=400",
+    "--data.test_images=100",
+    "--data.val_size=100",
+    "--data.batch_size=50",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+]
+"""A fit of 12 steps, a second long."""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_src(*args: str | Path, cwd: Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m src`` in a process of its own and check its exit status."""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    command = [sys.executable, "-m", "src", *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A tiny fit by the command line: the folder it ran in, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run_src("fit", *TINY, cwd=folder).stdout
+
+
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the official files of CIFAR-10, or the test is skipped."""
+    unpack = REPOSITORY.parent / "shared" / "cifar10" / "unpack.py"
+    if not unpack.is_file():
+        pytest.skip("the real CIFAR-10 is not at hand")
+    root = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, unpack, root], check=True, capture_output=True)
+    return root
