@@ -37,6 +37,9 @@ class ImageClassifier(pl.LightningModule):
         freeze_backbone: Epochs, from the first, in which only the network's head trains; 0 trains all from the start.
         backbone_lr: Peak lr of all layers but the head, above 0; null gives them the optimizer's lr.
         channels_last: Keep weights and activations in NHWC order, which convolutions on most devices are faster in.
+
+    Attributes:
+        confusion_matrix: Of the last validation or test: images by true class (row) and prediction (column), int64.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ImageClassifier(pl.LightningModule):
         self.eval_loss = MeanMetric(nan_strategy="disable")
         self.eval_acc = MulticlassAccuracy(num_classes, average="micro")
         self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         # A bad lr, momentum or schedule is refused now, not when a run has begun.
         trial = self._build_optimizer()
         if lr_scheduler is not None:
@@ -124,9 +128,19 @@ class ImageClassifier(pl.LightningModule):
         logits: Tensor = self.network(batch.images)
         return logits.float().softmax(1)
 
+    def on_validation_epoch_end(self) -> None:
+        """Sum the confusion matrix over all ranks."""
+        self._sum_confusion()
+
+    def on_test_epoch_end(self) -> None:
+        """Sum the confusion matrix over all ranks."""
+        self._sum_confusion()
+
+    def _sum_confusion(self) -> None:
+        self.confusion_matrix = self.confusion.compute().cpu()
+        self.confusion.reset()
+
     def _score(self, batch: Batch, stage: str) -> None:
-        if self.eval_loss.update_count == 0:
-            self.confusion.reset()
         logits = self.network(batch.images).float()
         self.eval_loss.update(F.cross_entropy(logits, batch.labels), len(batch.labels))
         self.eval_acc.update(logits, batch.labels)

@@ -161,6 +161,8 @@ class CLI(LightningCLI):
         """Build the Trainer with the callbacks and the logger of the sub-command."""
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         checkpoint = self._get(self.config_init, "checkpoint")
+        if self.datamodule.val_size == 0:
+            config["limit_val_batches"] = 0
         callbacks: list[pl.Callback] = []
         if self.subcommand == "fit":
             curves = Curves()
@@ -194,10 +196,10 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """End with where the run is, how to look at it, and how to test it."""
-        trainer = self.trainer
-        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
+        trainer, log_dir = self.trainer, self.trainer.log_dir  # asked for on all ranks: it is broadcast
+        if not trainer.is_global_zero or log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
             return
-        folder = Path(os.path.relpath(trainer.log_dir))
+        folder = Path(os.path.relpath(log_dir))
         callback = next(iter(trainer.checkpoint_callbacks), None)
         _say(f"run:         {folder}")
         _say(f"TensorBoard: tensorboard --logdir {folder}")

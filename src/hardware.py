@@ -34,8 +34,8 @@ def default_precision(device: str) -> Precision:
 
 def refuse_precision(precision: str, device: str) -> str | None:
     """Return why a device cannot do what ``trainer.precision`` asks for, or none if it can."""
-    if precision in ("16-mixed", "16") and device == "cpu":
-        return "float16 autocast needs a GPU; on a CPU use bf16-mixed or 32-true"
+    if precision in ("16-mixed", "16", "16-true") and device == "cpu":
+        return "a CPU computes in float16 by emulation, if at all; use bf16-mixed, bf16-true or 32-true"
     if precision.startswith("bf16") and device == "cuda" and not has_fast_bf16("cuda"):
         return "this GPU has no bf16 units; use 16-mixed or 32-true"
     if precision in ("64-true", "64", "bf16-true", "bf16-mixed", "bf16") and device == "mps":

@@ -28,7 +28,7 @@ class Pictures(pl.Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking or (writer := _writer(trainer)) is None:
             return
         assert isinstance(pl_module, ImageClassifier)
-        figure = confusion_figure(pl_module.confusion, trainer.datamodule.classes)  # type: ignore[attr-defined]
+        figure = confusion_figure(pl_module.confusion_matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]
         writer.add_figure("val/confusion", figure, trainer.global_step, close=False)
 
 

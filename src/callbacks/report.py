@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 from rich.console import Console
 from rich.table import Table
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch import Tensor
 
 from src.classifier import ImageClassifier
 
@@ -41,14 +42,14 @@ class Report(pl.Callback):
         results = self._print(trainer, pl_module, "test")
         assert isinstance(pl_module, ImageClassifier)
         (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
-        figure = confusion_figure(pl_module.confusion, trainer.datamodule.classes)  # type: ignore[attr-defined]
+        figure = confusion_figure(pl_module.confusion_matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]
         figure.savefig(self.folder / "test_confusion.png")
         Console().print(f"written: {self.folder / 'test.json'}, test_confusion.png", highlight=False, soft_wrap=True)
 
     def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, Any]:
         assert isinstance(pl_module, ImageClassifier)
         classes = trainer.datamodule.classes  # type: ignore[attr-defined]
-        per_class = class_scores(pl_module.confusion, classes)
+        per_class = class_scores(pl_module.confusion_matrix, classes)
         table = Table("class", "images", "accuracy", "precision")
         for column in table.columns[1:]:
             column.justify = "right"
@@ -67,12 +68,11 @@ class Report(pl.Callback):
         }
 
 
-def class_scores(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return for each class: images of it, ``acc`` (share of them found), ``precision`` (share of the calls right).
 
     A share of nothing is 0.
     """
-    matrix = confusion.compute()
     hits, images, calls = matrix.diag().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist()
     return {
         name: {
@@ -84,12 +84,16 @@ def class_scores(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -
     }
 
 
-def confusion_figure(confusion: MulticlassConfusionMatrix, classes: Sequence[str]) -> "Figure":
-    """Draw the confusion matrix; without pyplot, whose global state outlives the figure."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, as it takes half a second to load
-    from matplotlib.figure import Figure
+def confusion_figure(matrix: Tensor, classes: Sequence[str]) -> "Figure":
+    """Draw the confusion matrix: a row for each true class, a column for each prediction."""
+    from matplotlib.figure import Figure  # here, as it takes half a second to load; no pyplot, whose state is global
 
     figure = Figure(figsize=(6.4, 6.0), dpi=100, layout="tight")
-    FigureCanvasAgg(figure)
-    confusion.plot(ax=figure.add_subplot(), labels=list(classes))
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+    axes.imshow(matrix.numpy(), cmap="Blues")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    for (row, column), count in np.ndenumerate(matrix.numpy()):
+        colour = "white" if 2 * count > matrix.max() else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     return figure

@@ -76,6 +76,8 @@ class RandomCrop(Augmentation):
     def apply(self, pixels: Tensor, draws: Tensor) -> Tensor:
         """Return the shifted batch: row indices are reflected at the border, then column indices."""
         b, h, w, c = pixels.shape
+        if self.padding >= min(h, w):
+            raise ValueError(f"padding: {self.padding} is out of range: less than the image's side, {min(h, w)} pixels")
         rows = _reflect(torch.arange(h, device=pixels.device) + draws[:, :1], h)
         columns = _reflect(torch.arange(w, device=pixels.device) + draws[:, 1:], w)
         rows += h * torch.arange(b, device=pixels.device)[:, None]

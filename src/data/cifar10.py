@@ -10,7 +10,9 @@ import hashlib
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ class CIFAR10(ImageData):
     def _read(self, md5s: dict[str, str]) -> Iterator[tuple[str, bytes]]:
         """Yield name and verified content of each file, in order."""
         folder = self.root if self.root.name == _FOLDER else self.root / _FOLDER
-        archive = self.root if self.root.name == _ARCHIVE else self.root / _ARCHIVE
+        archive = self.root if self.root.name == _ARCHIVE else folder.parent / _ARCHIVE
         if not folder.is_dir() and not archive.is_file():
             self._fetch(archive)
         pairs = _from_folder(folder, md5s) if folder.is_dir() else _from_archive(archive, md5s)
@@ -86,7 +88,8 @@ class CIFAR10(ImageData):
         try:
             download_url(_OFFICIAL.url, str(archive.parent), archive.name, _OFFICIAL.tgz_md5)
         except (OSError, RuntimeError) as error:  # RuntimeError: the download came out with another MD5
-            archive.unlink(missing_ok=True)
+            with suppress(OSError):
+                archive.unlink()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Failure(f"CIFAR-10 could not be downloaded ({reason}): {advice}") from error
 
@@ -116,7 +119,7 @@ def _from_archive(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, st
                     found[wanted[member.name]] = content.read()
                     if len(found) == len(wanted):
                         break
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
         raise Failure(f"{archive} is damaged ({error}); delete it and run again") from error
     for name in wanted.values():
         if name not in found:

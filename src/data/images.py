@@ -90,7 +90,7 @@ def read_image(path: Path, size: int) -> Tensor:
         size: Side of the result in pixels. The central square is cut out and scaled to it.
 
     Returns:
-        uint8 RGB ``[size, size, 3]``. Transparent parts are shown on white; 16-bit pictures keep their upper byte.
+        uint8 RGB ``[size, size, 3]``. Transparent parts are shown on white; 16-bit pictures are scaled down to 8 bits.
 
     Raises:
         OSError: If the file cannot be read as an image, or claims more than `MAX_PIXELS` pixels.
@@ -118,7 +118,8 @@ def read_image(path: Path, size: int) -> Tensor:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        scale = 1 / 257 if values.max(initial=0) > 255 else 1.0
+        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        scale = 1 / 257 if wide else 1.0
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

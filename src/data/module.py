@@ -15,7 +15,7 @@ from torch import Tensor
 from src.data.augment import Augmentation, Mixing
 from src.data.images import ImageFiles
 from src.data.loader import Normalize, ResidentLoader
-from src.data.order import stratified_split
+from src.data.order import generator, stratified_split
 from src.errors import UsageError
 
 Part = Literal["train", "test"]
@@ -60,7 +60,7 @@ class ImageData(pl.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is out of range: at least 1 image")
-        if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
+        if not val_size >= 0 or (isinstance(val_size, float) and val_size >= 1):
             raise ValueError(f"val_size: {val_size} is out of range: a number of images, or a share in [0, 1)")
         if not 0 < train_fraction <= 1:
             raise ValueError(f"train_fraction: {train_fraction} is out of range: above 0, up to 1")
@@ -96,6 +96,21 @@ class ImageData(pl.LightningDataModule):
         self._part("test" if self.trainer.state.fn == "test" else "train")
         if self.trainer.state.fn == "fit":
             self.split()
+            self._check_batches()
+
+    def _check_batches(self) -> None:
+        """Try the augmentations on one image, and see that every rank gets a share of each batch."""
+        assert self.trainer is not None
+        if self.batch_size < self.trainer.world_size:
+            raise UsageError(
+                f"data.batch_size: {self.batch_size} is less than the number of devices, {self.trainer.world_size}"
+            )
+        pixels = self._part("train")[0][:1]
+        for augmentation in self.augment:
+            try:
+                augmentation.apply(pixels, augmentation.draw(1, self.seed, 0).to(pixels.device))
+            except ValueError as error:
+                raise UsageError(f"data.augment.{error}") from error
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Return the ids that are trained on and those of the val split, int64, ascending and disjoint.
@@ -109,15 +124,20 @@ class ImageData(pl.LightningDataModule):
         if val_count >= count:
             raise UsageError(f"data.val_size: {val_count} leaves nothing to train on: the train set has {count} images")
         val, train = stratified_split(labels, val_count, self.split_seed, "val")
-        wanted = max(1, round(self.train_fraction * len(train)))
         if self.samples_per_class is not None:
-            wanted = self.samples_per_class * self.num_classes
-            fewest = int(labels[train].bincount(minlength=self.num_classes).min())
-            if self.samples_per_class > fewest:
+            members = [train[labels[train] == label] for label in range(self.num_classes)]
+            if (fewest := min(map(len, members))) < self.samples_per_class:
                 raise UsageError(
                     f"data.samples_per_class: {self.samples_per_class} is more than the train split has: {fewest}"
                 )
-        if wanted < len(train):
+            orders = [
+                torch.randperm(len(m), generator=generator(self.split_seed, "train", i)) for i, m in enumerate(members)
+            ]
+            train = (
+                torch.cat([m[o[: self.samples_per_class]] for m, o in zip(members, orders, strict=True)]).sort().values
+            )
+        elif self.train_fraction < 1:
+            wanted = max(1, round(self.train_fraction * len(train)))
             picked, _ = stratified_split(labels[train], wanted, self.split_seed, "train")
             train = train[picked]
         return train, val

@@ -72,9 +72,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise Failure(f"weights: {path} is not a file of weights that torch can read") from error
     except Exception as error:  # the unpickler's own error class is private
         raise Failure(f"weights: {path} holds more than plain tensors; it was not loaded") from error
+    prefix = ""
     if isinstance(content, Mapping) and "state_dict" in content:
-        prefix = "network."
-        content = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        content, prefix = content["state_dict"], "network."
+    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+    tensors = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)} if named else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise Failure(f"weights: {path} does not hold a network's tensors by name")
-    return dict(content)
+    return tensors

@@ -30,20 +30,30 @@ BAD_ARGUMENTS = [
     (["fit", "--data.augment", "[{class_path: RandomFlip, init_args: {mode: up}}]"], "data.augment.mode: 'up' is not"),
     (["fit", "--model.optimizer.lr", "-1"], "model.optimizer.lr: -1.0 is out of range: at least 0"),
     (["fit", "--model.optimizer.lr", ".inf"], "model.optimizer.lr: inf is out of range"),
-    (["fit", "--model.optimizer.momentum", "1.5"], "model.optimizer.momentum: 1.5 is out of range: at least 0, below 1"),
+    (
+        ["fit", "--model.optimizer.momentum", "1.5"],
+        "model.optimizer.momentum: 1.5 is out of range: at least 0, below 1",
+    ),
     (["fit", "--model.label_smoothing", "1"], "model.label_smoothing: 1.0 is out of range: at least 0, below 1"),
     (["fit", "--model.freeze_backbone", "-1"], "model.freeze_backbone: -1 is out of range"),
     (["fit", "--model.network.dropout", "1.5"], "model.network.dropout: 1.5 is out of range: at least 0, below 1"),
-    (["fit", "--model.lr_scheduler", "OneCycle", "--model.lr_scheduler.pct_start", "2"], "model.lr_scheduler.pct_start: 2"),
+    (
+        ["fit", "--model.lr_scheduler", "OneCycle", "--model.lr_scheduler.pct_start", "2"],
+        "model.lr_scheduler.pct_start: 2",
+    ),
     (["fit", "--data.batch_size", "0"], "data.batch_size: 0 is out of range: at least 1 image"),
     (["fit", "--data.val_size", "1.5"], "data.val_size: 1.5 is out of range: a number of images, or a share in [0, 1)"),
     (["fit", "--data.train_fraction", "0"], "data.train_fraction: 0.0 is out of range: above 0, up to 1"),
     (["fit", "--data.val_size", "99999"], "data.val_size: 99999 leaves nothing to train on"),
-    (["fit", "--data.augment", "[{class_path: RandomCrop, init_args: {padding: 0}}]"], "data.augment.padding: 0 is out"),
+    (
+        ["fit", "--data.augment", "[{class_path: RandomCrop, init_args: {padding: 0}}]"],
+        "data.augment.padding: 0 is out",
+    ),
     (["fit", "--trainer.max_epochs", "-5"], "trainer.max_epochs: -5 is out of range: at least -1"),
     (["fit", "--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 is out of range"),
     (["fit", "--trainer.limit_train_batches", "-1"], "-1 for limit_train_batches"),
-    (["fit", "--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], "trainer.precision: 16-mixed: float16"),
+    (["fit", "--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], "trainer.precision: 16-mixed: a CPU"),
+    (["fit", "--trainer.precision", "16-true", "--trainer.accelerator", "cpu"], "trainer.precision: 16-true: a CPU"),
     (["fit", "--ckpt_path", "https://example.org/x.ckpt"], "ckpt_path: https://example.org/x.ckpt is a URL"),
     (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
     (["validate"], "validate needs weights"),
@@ -53,7 +63,10 @@ BAD_ARGUMENTS = [
 BAD_CONFIGS = [
     ("trainer: {max_epoch: 3}", "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
     ("optimiser: 1", "unknown key optimiser"),
-    ("data: {class_path: CIFAR10, init_args: {batch_sise: 3}}", "unknown key data.batch_sise; did you mean data.batch_"),
+    (
+        "data: {class_path: CIFAR10, init_args: {batch_sise: 3}}",
+        "unknown key data.batch_sise; did you mean data.batch_",
+    ),
     ("model: {network: {class_path: CNN, init_args: {dropout: 1.5}}}", "model.network.dropout: 1.5 is out of range"),
     ("model: [", "config: not valid YAML"),
 ]
@@ -64,7 +77,10 @@ FAILURES = [
     (["test", "--ckpt_path", "best"], "ckpt_path: no run in lightning_logs has a best.ckpt yet"),
     (["test", "--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
     (["predict", "--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
-    (["fit", "--data", "CIFAR10", "--data.download", "false"], "there is no CIFAR-10 in data: put cifar-10-python.tar.gz"),
+    (
+        ["fit", "--data", "CIFAR10", "--data.download", "false"],
+        "there is no CIFAR-10 in data: put cifar-10-python.tar.gz",
+    ),
     (["fit", "--model.network", "CNN", "--model.network.weights", "no.pt"], "weights: there is no file no.pt"),
 ]
 

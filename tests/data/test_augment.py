@@ -39,7 +39,7 @@ def test_draws_have_a_row_for_each_image_and_use_their_whole_range() -> None:
 
     shifts = RandomCrop(3).draw(10_000, 0, 0)
     assert (shifts.dtype, shifts.shape) == (torch.int64, (10_000, 2))
-    assert all(shifts[:, axis].unique().tolist() == list(range(-3, 4)) for axis in (0, 1))
+    assert all(set(shifts[:, axis].tolist()) == set(range(-3, 4)) for axis in (0, 1))
 
     centres = Cutout().draw(10_000, 0, 0)
     assert (centres.dtype, centres.shape) == (torch.float32, (10_000, 2))
@@ -111,7 +111,7 @@ def test_cutout_paints_one_square_that_may_hang_over_the_border(size: int, row: 
     rows, columns = painted[..., 0].nonzero().T.tolist()
     assert 1 <= len(rows) <= size * size
     assert len(rows) == len(set(rows)) * len(set(columns))
-    assert painted[rows, columns].unique(dim=0).tolist() == [[1, 2, 3]]
+    assert painted[rows, columns].tolist() == [[1, 2, 3]] * len(rows)
     top, left = int(row * 16) - size // 2, int(column * 10) - size // 2
     if top >= 0 and left >= 0 and top + size <= 16 and left + size <= 10:
         assert len(rows) == size * size
