@@ -5,6 +5,7 @@
 What the hot path measures (loss, hits) stays on the device; `src.callbacks.curves` reads and logs it.
 """
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,7 +63,11 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"freeze_backbone: {freeze_backbone} is out of range: 0 or more epochs")
         if backbone_lr is not None and not backbone_lr > 0:
             raise ValueError(f"backbone_lr: {backbone_lr} is out of range: above 0")
-        self.save_hyperparameters(logger=False)
+        with warnings.catch_warnings():
+            # The network's weights are saved twice only by who builds it outside of the command line, which stores
+            # its config; leaving it out would break `load_from_checkpoint`.
+            warnings.filterwarnings("ignore", message="Attribute 'network' is an instance of `nn.Module`")
+            self.save_hyperparameters(logger=False)
         self.network = network
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.label_smoothing = label_smoothing
@@ -145,8 +150,9 @@ class ImageClassifier(pl.LightningModule):
         self.eval_loss.update(F.cross_entropy(logits, batch.labels), len(batch.labels))
         self.eval_acc.update(logits, batch.labels)
         self.confusion.update(logits, batch.labels)
-        self.log(f"{stage}/loss", self.eval_loss, on_step=False, on_epoch=True)
-        self.log(f"{stage}/acc", self.eval_acc, on_step=False, on_epoch=True)
+        # Not to the logger: Lightning would write them at a count of batches; `src.callbacks.curves` writes the step.
+        self.log(f"{stage}/loss", self.eval_loss, on_step=False, on_epoch=True, logger=False)
+        self.log(f"{stage}/acc", self.eval_acc, on_step=False, on_epoch=True, logger=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer, and the schedule that is stepped with it."""

@@ -192,7 +192,10 @@ class CLI(LightningCLI):
             chosen = "chosen for this device" if self.chosen else "as asked"
             line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
             _say(line + ("; channels_last" if self.model.hparams["channels_last"] else ""))
-        super()._run_subcommand(subcommand)
+        with warnings.catch_warnings():
+            if subcommand != "fit":  # the callbacks of the fit have no part in an evaluation
+                warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+            super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         """End with where the run is, how to look at it, and how to test it."""

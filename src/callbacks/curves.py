@@ -1,4 +1,4 @@
-"""The live curves of a fit: train/loss, train/acc, lr and images/s against the optimizer step.
+"""The live curves of a fit: train/loss, train/acc, val/loss, val/acc, lr and images/s by step.
 
     tensorboard --logdir lightning_logs
 
@@ -82,10 +82,13 @@ class Curves(pl.Callback):
         self._since -= time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the clock of images/s run on, and remember what validation found."""
-        self._since += time.perf_counter()
+        """Let the clock of images/s run on, and log what validation found, at the step whose weights it judged."""
         if not trainer.sanity_checking:
-            self.latest |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self.latest |= values
+            for logger in trainer.loggers:
+                logger.log_metrics(values, trainer.global_step)
+        self._since += time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Offer the means of the epoch to other callbacks (early stopping, checkpoints)."""

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 
 class RunRecord(SaveConfigCallback):
@@ -22,11 +23,13 @@ class RunRecord(SaveConfigCallback):
         """Put the config, as YAML, into the checkpoint: it can be tested without naming a config."""
         checkpoint["config"] = self.parser.dump(self.config, skip_unset=False, format="yaml")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the hyper-parameters together with what they led to."""
-        if isinstance(trainer.logger, TensorBoardLogger):
-            metrics = {f"final/{k.replace('/', '_')}": float(v) for k, v in trainer.callback_metrics.items()}
-            trainer.logger.log_hyperparams(flatten(self.config.as_dict()), metrics, trainer.global_step)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the hyper-parameters in TensorBoard; the last points of the curves stand beside them as results."""
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            curves = ["val/acc", "val/loss"] if trainer.enable_validation else ["train/acc", "train/loss"]
+            writer = trainer.logger.experiment._get_file_writer()
+            for summary in hparams(flatten(self.config.as_dict()), dict.fromkeys(curves, 0.0)):  # type: ignore[no-untyped-call]
+                writer.add_summary(summary)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,6 +29,13 @@ class Report(pl.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._step = 0
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note the step of the weights: the Trainer keeps it to itself outside of a fit."""
+        self._step = checkpoint["global_step"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the results of the val split."""
@@ -64,7 +71,7 @@ class Report(pl.Callback):
             **metrics,
             "per_class": per_class,
             "checkpoint": str(trainer.ckpt_path),
-            "step": trainer.fit_loop.epoch_loop.global_step,
+            "step": self._step,
         }
 
 
