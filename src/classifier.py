@@ -5,12 +5,12 @@
 What the hot path measures (loss, hits) stays on the device; `src.callbacks.curves` reads and logs it.
 """
 
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name)
@@ -63,11 +63,9 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"freeze_backbone: {freeze_backbone} is out of range: 0 or more epochs")
         if backbone_lr is not None and not backbone_lr > 0:
             raise ValueError(f"backbone_lr: {backbone_lr} is out of range: above 0")
-        with warnings.catch_warnings():
-            # The network's weights are saved twice only by who builds it outside of the command line, which stores
-            # its config; leaving it out would break `load_from_checkpoint`.
-            warnings.filterwarnings("ignore", message="Attribute 'network' is an instance of `nn.Module`")
-            self.save_hyperparameters(logger=False)
+        # On the command line, what is saved is the config of these three, plain values; elsewhere it would be they.
+        objects = [] if _given_hyperparameters.get() else ["network", "optimizer", "lr_scheduler"]
+        self.save_hyperparameters(logger=False, ignore=objects)
         self.network = network
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.label_smoothing = label_smoothing
@@ -119,6 +117,9 @@ class ImageClassifier(pl.LightningModule):
             frozen = self.current_epoch < self.freeze_backbone
             for parameter in self.network.backbone_parameters():
                 parameter.requires_grad_(not frozen)
+            for module in self.network.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.train(not frozen)  # its running statistics are part of what is frozen
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of the val split."""

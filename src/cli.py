@@ -89,7 +89,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             trainer_defaults={"max_epochs": 10, "log_every_n_steps": 10},
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m src", "version": f"live-cifar10 {__version__}"},
+            parser_kwargs={"prog": "python -m src", "version": __version__},
             args=args,
         )
 
@@ -193,7 +193,9 @@ class CLI(LightningCLI):
             line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
             _say(line + ("; channels_last" if self.model.hparams["channels_last"] else ""))
         with warnings.catch_warnings():
-            if subcommand != "fit":  # the callbacks of the fit have no part in an evaluation
+            if subcommand == "fit":  # our points go on from epoch to epoch, however short an epoch is
+                warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+            else:  # the callbacks of the fit have no part in an evaluation
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             super()._run_subcommand(subcommand)
 

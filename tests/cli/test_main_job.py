@@ -17,6 +17,7 @@ from src.cli import main
 from tests.conftest import TINY, run_src
 
 CURVES = ("train/loss", "train/acc", "val/loss", "val/acc", "lr", "images/s")
+STATUSES = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -176,7 +177,7 @@ def test_tensorboard_serves_every_curve_picture_and_hyper_parameter(tensorboard:
         assert [point[1] for point in json.load(answer)] == [6, 12]
     assert {"train/batch", "val/confusion"} <= get("images/tags")["."].keys()
 
-    sessions = post("hparams/session_groups", {"colParams": [{}], "sliceSize": 9, "allowedStatuses": list(range(4))})
+    sessions = post("hparams/session_groups", {"colParams": [], "sliceSize": 9, "allowedStatuses": STATUSES})
     (group,) = sessions["sessionGroups"]
     assert group["hparams"]["data.batch_size"] == 50
     assert group["hparams"]["model.optimizer.lr"] == 0.05

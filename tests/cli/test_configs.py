@@ -1,0 +1,119 @@
+"""Every recipe and preset says what it means: it loads, prints, loads again, and resolves to what is written in it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from src.cli import CLI, main
+from tests.conftest import CONFIGS, run_src
+
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
+
+
+def print_config(capsys: pytest.CaptureFixture[str], *configs: Path) -> Any:
+    """Return what ``--print_config`` prints for these configs."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *(f"--config={config}" for config in configs), "--print_config"])
+    assert exit_.value.code in (None, 0)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def contains(whole: Any, part: Any) -> bool:
+    """Return whether a config says at least what another one says."""
+    if isinstance(part, dict):
+        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    if isinstance(part, list):
+        return len(whole) == len(part) and all(map(contains, whole, part))
+    return bool(whole == part)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_prints_what_it_says_and_loads_again(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    printed = print_config(capsys, recipe)
+    assert contains(printed, yaml.safe_load(recipe.read_text()))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(printed))
+    assert print_config(capsys, tmp_path / "again.yaml") == printed
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_stacks_on_any_recipe(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe in RECIPES:
+        printed = print_config(capsys, recipe, preset)
+        assert contains(printed, yaml.safe_load(preset.read_text()))
+        assert printed["data"]["class_path"] == yaml.safe_load(recipe.read_text())["data"]["class_path"]
+
+
+def test_the_optimizer_of_the_default_leaks_nothing_into_another(capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = print_config(capsys, CONFIGS / "transfer.yaml")["model"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    assert optimizer["init_args"]["weight_decay"] == 0.01
+    assert "momentum" not in optimizer["init_args"]
+
+
+@pytest.mark.parametrize("preset", ["debug", "profile", "overfit"])
+def test_a_preset_does_what_it_promises(
+    preset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = [f"--config={CONFIGS / name}.yaml" for name in ("quickstart", f"presets/{preset}")]
+    small = ["--data.train_images=3000", "--data.val_size=100", "--trainer.log_every_n_steps=1"]
+    command = ["fit", *configs, *small]
+    if preset == "overfit":
+        command.append("--trainer.max_epochs=1")
+    assert main(command) == 0
+    output = capsys.readouterr().out + caplog.text
+    if preset == "debug":
+        assert not Path("lightning_logs").exists(), "a debug run writes nothing"
+    elif preset == "profile":
+        assert "run_training_batch" in output
+    else:
+        assert "step 10  " in output
+
+
+def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:
+    from src import __version__
+
+    assert run_src("--version", cwd=tmp_path).stdout == f"python -m src {__version__}\n"
+    text = run_src("fit", "--help", cwd=tmp_path).stdout
+    assert "usage: python -m src" in text
+    for phrase in ("in [0, 1)", "--model.label_smoothing", "--checkpoint.monitor", "--data.help"):
+        assert phrase in text
+    assert len(text.splitlines()) < 500, "help must stay readable"
+
+
+def test_every_numeric_argument_of_ours_tells_its_range_in_the_help(tmp_path: Path) -> None:
+    text = run_src("fit", "--data.help", "CIFAR10", cwd=tmp_path).stdout
+    for phrase in ("at least 1", "above 0, up to 1", "a share between 0 and 1", "--data.batch_size", "--data.root"):
+        assert phrase in " ".join(text.split())
+
+
+def test_a_network_of_the_user_is_wrapped_like_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "from src.networks import Network\n"
+        "class Linear(Network):\n"
+        "    def __init__(self, num_classes: int = 10) -> None:\n"
+        "        super().__init__()\n"
+        "        self.head = nn.Linear(3072, num_classes)\n"
+        "    def forward(self, images):\n"
+        "        return self.head(images.flatten(1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny = ["--data.train_images=200", "--data.val_size=50", "--data.test_images=20", "--trainer.max_epochs=1"]
+    assert main(["fit", "--model.network", "mynet.Linear", *tiny]) == 0
+    checkpoint = "lightning_logs/version_0/checkpoints/best.ckpt"
+    assert main(["test", "--ckpt_path", checkpoint]) == 1, "a class from a checkpoint alone is not trusted"
+    assert main(["test", "--ckpt_path", checkpoint, "--model.network", "mynet.Linear"]) == 0
+    assert isinstance(
+        CLI(["validate", "--ckpt_path", "best", "--model.network", "mynet.Linear"]).model.network.head, object
+    )
