@@ -187,6 +187,15 @@ class CLI(LightningCLI):
             config["enable_model_summary"] = False
         return self._instantiate_trainer(config, callbacks)
 
+    def after_instantiate_classes(self) -> None:
+        """Refuse what would hang: DDP must be told that parameters come to life late."""
+        kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
+        if self.model.freeze_backbone and self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
+            raise UsageError(
+                "model.freeze_backbone: with several devices it needs "
+                "--trainer.strategy ddp_find_unused_parameters_true"
+            )
+
     def _run_subcommand(self, subcommand: str) -> None:
         if self.trainer.is_global_zero:
             chosen = "chosen for this device" if self.chosen else "as asked"

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from rich.progress import ProgressColumn
+from rich.progress import BarColumn, ProgressColumn
 
 from src.callbacks.curves import Curves
 
@@ -30,9 +30,16 @@ class LiveBar(RichProgressBar):
         self.curves = curves
 
     def configure_columns(self, trainer: pl.Trainer) -> list[ProgressColumn]:
-        """Leave out batches a second: the metrics show images a second."""
+        """Make room for the metrics: a short bar, and no batches a second, as images a second are shown."""
         columns: list[ProgressColumn] = super().configure_columns(trainer)
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = 10
         return columns[:-1]
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Count epochs from 1, as people do and as `EpochLines` does."""
+        return f"{epoch_name(self.trainer, current_epoch).capitalize():{len(self.validation_description)}}"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Return the values to show, in this order."""
@@ -61,12 +68,16 @@ class EpochLines(pl.Callback):
         values = {**self.curves.latest, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
         train = format_values(values, ("train/loss", "train/acc", "images/s", "lr"))
         val = format_values(values, ("val/loss", "val/acc"))
-        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        head = f"epoch {trainer.current_epoch + 1}{last}"
+        head = epoch_name(trainer, trainer.current_epoch)
         seconds = f"{time.perf_counter() - self._began:.1f} s"
         sys.stdout.write(f"{head}  step {trainer.global_step}  {_join(train)}\n")
         sys.stdout.write(f"{' ' * len(head)}  {_join(val) if val else 'no validation'}  {seconds}\n")
         sys.stdout.flush()
+
+
+def epoch_name(trainer: pl.Trainer, epoch: int) -> str:
+    """Return e.g. ``epoch 3/10`` for epoch 2."""
+    return f"epoch {epoch + 1}" + ("" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}")
 
 
 def format_values(values: dict[str, float], names: tuple[str, ...]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The resident loader: the data set stays on the training device as uint8, and batches are cut there by index.
 
-No worker processes, no pickling, no per-image Python. Compare `benchmarks/` for what that is worth.
+No worker processes, no pickling, no Python for each image.
 """
 
 from collections.abc import Iterator, Sequence

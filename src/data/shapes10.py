@@ -24,8 +24,8 @@ class Shapes10(ImageData):
     """
 
     classes = CLASSES
-    mean = (0.5, 0.5, 0.5)
-    std = (0.25, 0.25, 0.25)
+    mean = (0.408, 0.408, 0.407)
+    std = (0.225, 0.228, 0.226)
 
     def __init__(
         self,

@@ -49,6 +49,12 @@ class CNN(Network):
         self.neck = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(256 * 2 * 2, 512), nn.ReLU())
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(512, num_classes)
+        if norm == "none":
+            # No norm will set the scale of the activations right, and torch's default weights are too small for ReLU:
+            # the network would sit at chance for its first epoch (He et al., arXiv 1502.01852).
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.head:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[b, num_classes]``."""

@@ -55,6 +55,10 @@ BAD_ARGUMENTS = [
     (["fit", "--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], "trainer.precision: 16-mixed: a CPU"),
     (["fit", "--trainer.precision", "16-true", "--trainer.accelerator", "cpu"], "trainer.precision: 16-true: a CPU"),
     (["fit", "--ckpt_path", "https://example.org/x.ckpt"], "ckpt_path: https://example.org/x.ckpt is a URL"),
+    (
+        ["fit", "--model.freeze_backbone=1", "--trainer.accelerator=cpu", "--trainer.devices=2"],
+        "model.freeze_backbone: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true",
+    ),
     (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
     (["validate"], "validate needs weights"),
     (["predict"], "predict needs weights"),

@@ -1,0 +1,76 @@
+"""What the READMEs say is true: their commands run, as they stand there."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.cli import main
+from tests.conftest import CONFIGS, REPOSITORY, run_src
+
+READMES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines of the bash blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = commands(READMES["README.md"])
+SRC_COMMANDS = [c.removeprefix("python -m src ") for c in COMMANDS if c.startswith("python -m src ")]
+
+
+def test_both_languages_give_the_same_commands_and_figures() -> None:
+    chinese = READMES["README.zh-CN.md"]
+    assert commands(chinese) == COMMANDS
+    rows = [re.findall(r"[\d.,]+", line) for line in READMES["README.md"].splitlines() if line.startswith("| `")]
+    assert rows
+    assert [re.findall(r"[\d.,]+", line) for line in chinese.splitlines() if line.startswith("| `")] == rows
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    (command,) = [c for c in COMMANDS if "pytest" in c]
+    assert command in (REPOSITORY / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_link_and_file_in_the_readme_is_there() -> None:
+    for text in READMES.values():
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (REPOSITORY / target).exists(), target
+        for target in re.findall(r"\bconfigs/[\w/]+\.yaml", text):
+            assert (REPOSITORY / target).exists(), target
+
+
+@pytest.mark.parametrize("command", [c for c in SRC_COMMANDS if c.startswith("fit") and "--help" not in c])
+def test_a_fit_command_of_the_readme_is_understood(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as exit_:
+        main([*shlex.split(command), "--print_config"])
+    assert exit_.value.code in (None, 0), capsys.readouterr().err
+
+
+def test_the_first_command_trains_well_and_the_others_work_on_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (first,) = [c.split("&& python -m src ")[1] for c in COMMANDS if "&& python -m src" in c]
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    last_lines = run_src(*shlex.split(first), cwd=tmp_path, OMP_NUM_THREADS="2").stdout.splitlines()[-3:]
+    assert "\n".join(last_lines) in READMES["README.md"], "the three lines at the end are those of the README"
+
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in ("cat.png", "photos/dog.jpg"):
+        Image.new("RGB", (64, 48), (200, 50, 50)).save(name)
+    evaluations = [c for c in SRC_COMMANDS if not c.startswith("fit")]
+    assert {c.split()[0] for c in evaluations} == {"validate", "test", "predict"}
+    for command in [*evaluations, last_lines[-1].split("python -m src ")[1]]:
+        assert main(shlex.split(command)) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert float(re.findall(r"val/acc ([\d.]+)", output)[0]) >= 0.95
+    assert json.loads(Path("lightning_logs/version_0/test.json").read_text())["test/acc"] >= 0.95
