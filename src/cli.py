@@ -164,7 +164,9 @@ class CLI(LightningCLI):
         if self.datamodule.val_size == 0:
             config["limit_val_batches"] = 0
         callbacks: list[pl.Callback] = []
-        if self.subcommand == "fit":
+        if config["barebones"]:
+            pass  # Lightning measures itself: no logger, no callbacks
+        elif self.subcommand == "fit":
             curves = Curves()
             callbacks = [curves, Pictures()]
             if config["enable_progress_bar"] is not False:
@@ -188,7 +190,10 @@ class CLI(LightningCLI):
         return self._instantiate_trainer(config, callbacks)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse what would hang: DDP must be told that parameters come to life late."""
+        """Refuse what would hang or do nothing."""
+        if self.subcommand == "validate" and self.datamodule.val_size == 0:
+            raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
+        # DDP waits for every gradient unless it is told that parameters come to life late.
         kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
         if self.model.freeze_backbone and self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
             raise UsageError(
@@ -201,6 +206,8 @@ class CLI(LightningCLI):
             chosen = "chosen for this device" if self.chosen else "as asked"
             line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
             _say(line + ("; channels_last" if self.model.hparams["channels_last"] else ""))
+            if self.checkpoint is not None:
+                _say(f"checkpoint: {self.checkpoint}")
         with warnings.catch_warnings():
             if subcommand == "fit":  # our points go on from epoch to epoch, however short an epoch is
                 warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
@@ -216,7 +223,8 @@ class CLI(LightningCLI):
         folder = Path(os.path.relpath(log_dir))
         callback = next(iter(trainer.checkpoint_callbacks), None)
         _say(f"run:         {folder}")
-        _say(f"TensorBoard: tensorboard --logdir {folder}")
+        if trainer.loggers:
+            _say(f"TensorBoard: tensorboard --logdir {folder}")
         if isinstance(callback, Checkpoint) and callback.best is not None:
             _say(f"test:        python -m src test --ckpt_path {os.path.relpath(callback.best)}")
 

@@ -22,8 +22,7 @@ def has_fast_bf16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
-        able = cast(dict[str, object], torch.cpu.get_capabilities())
-        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        return bool(_cpu_units())
     return False
 
 
@@ -48,8 +47,14 @@ def describe(device: str) -> str:
     if device == "cuda":
         return f"cuda ({torch.cuda.get_device_name()})"
     if device == "cpu":
-        able = cast(dict[str, object], torch.cpu.get_capabilities())
-        units = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if able.get(key)]
         threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-        return f"cpu ({', '.join([*units, threads])})"
+        return f"cpu ({', '.join([*_cpu_units(), threads])})"
     return device
+
+
+def _cpu_units() -> list[str]:
+    """Return the processor's units that multiply bf16, by their names."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return []
+    able = cast(dict[str, object], torch.cpu.get_capabilities())
+    return [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if able.get(key)]

@@ -93,6 +93,7 @@ def test_test_writes_its_results_into_the_run(run: Path, capsys: pytest.CaptureF
     with Image.open(run / "test_confusion.png") as picture:
         assert picture.width >= 500
     output = capsys.readouterr().out
+    assert "checkpoint: lightning_logs/version_0/checkpoints/best.ckpt\n" in output
     assert f"test/acc {results['test/acc']:.4f}" in output
     assert "precision" in output
     assert [p.name for p in Path("lightning_logs").iterdir()] == ["version_0"], "an evaluation is not a run"
@@ -243,3 +244,5 @@ def test_a_run_without_a_val_split_keeps_its_last_weights_as_the_best(
     checkpoint = torch.load("lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 16
     assert main(["test", "--ckpt_path", "best"]) == 0
+    assert main(["validate", "--ckpt_path", "best"]) == 2
+    assert "data.val_size: 0 leaves no val split" in capsys.readouterr().err
