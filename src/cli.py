@@ -18,7 +18,6 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from src import __version__
 from src.arguments import config_texts, find_checkpoint, join_paths, run_folder, stored_config
@@ -27,15 +26,13 @@ from src.callbacks.console import progress_callback
 from src.callbacks.curves import Curves
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
-from src.callbacks.record import RunRecord
+from src.callbacks.record import RunLogger, RunRecord
 from src.callbacks.report import Report
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, UsageError
 from src.hardware import default_precision, describe, device_type, refuse_precision
 from src.messages import deepest_reason, explain, full_key
-
-_RUNS = "lightning_logs"
 
 # Arguments of the Trainer's methods that are not for the user to set.
 _SUBCOMMANDS = {
@@ -119,7 +116,7 @@ class CLI(LightningCLI):
             if command != "fit":
                 raise UsageError(f"{command} needs weights: give --ckpt_path best, last, or a file")
         else:
-            runs = Path(self.config[command].trainer.default_root_dir or ".") / _RUNS
+            runs = Path(self.config[command].trainer.default_root_dir or ".") / "lightning_logs"
             self.checkpoint = find_checkpoint(str(ckpt_path), runs)
             stored = stored_config(self.checkpoint, "\n".join([*args, *config_texts(args)]))
             where = args.index(command) + 1
@@ -176,8 +173,7 @@ class CLI(LightningCLI):
             if config["enable_checkpointing"] is not False:
                 callbacks.append(checkpoint)
             if config["logger"] in (None, True):
-                root = config["default_root_dir"] or "."
-                config["logger"] = TensorBoardLogger(root, name=_RUNS, default_hp_metric=False, flush_secs=1)
+                config["logger"] = RunLogger(Path(config["default_root_dir"] or "."))
         else:
             assert self.checkpoint is not None
             folder = run_folder(self.checkpoint)
@@ -203,7 +199,7 @@ class CLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.trainer.is_global_zero:
-            chosen = "chosen for this device" if self.chosen else "as asked"
+            chosen = "chosen for this device" if self.chosen else "as configured"
             line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
             _say(line + ("; channels_last" if self.model.hparams["channels_last"] else ""))
             if self.checkpoint is not None:

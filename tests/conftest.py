@@ -37,7 +37,9 @@ def run_src(*args: str | Path, cwd: Path, status: int = 0, **environment: str) -
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A tiny fit by the command line: the folder it ran in, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, run_src("fit", *TINY, cwd=folder).stdout
+    done = run_src("fit", *TINY, cwd=folder)
+    assert done.stderr == "", "a good run warns of nothing"
+    return folder, done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,24 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's logger with points on disk within a second, and without hparams.yaml: config.yaml says it all.
+
+    Args:
+        root: The folder that holds ``lightning_logs``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, name="lightning_logs", default_hp_metric=False, flush_secs=1)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write to disk what was logged."""
+        self.experiment.flush()
 
 
 class RunRecord(SaveConfigCallback):

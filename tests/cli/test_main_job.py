@@ -51,6 +51,8 @@ def test_a_fit_tells_the_device_each_epoch_in_two_lines_and_how_to_go_on(trained
 
 
 def test_the_run_folder_holds_config_checkpoints_and_curves(run: Path) -> None:
+    names = {"config.yaml", "checkpoints", "test.json", "test_confusion.png", "predictions.csv"}
+    assert {p.name for p in run.iterdir() if not p.name.startswith("events.")} <= names
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["init_args"]["batch_size"] == 50
@@ -223,7 +225,7 @@ def test_the_precision_that_is_asked_for_is_used(
         main(["fit", *TINY, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.precision", precision])
         == 0
     )
-    assert f"precision: {precision} (as asked)" in capsys.readouterr().out
+    assert f"precision: {precision} (as configured)" in capsys.readouterr().out
 
 
 def test_a_run_that_ends_before_any_validation_leaves_its_last_weights(

@@ -1,0 +1,33 @@
+"""What is logged reaches the disk while the run goes on."""
+
+import time
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.callbacks.record import RunLogger, flatten
+
+
+def test_a_point_is_on_disk_within_about_a_second_though_nobody_flushes(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path)
+    logger.log_metrics({"train/loss": 1.5}, 3)
+    deadline = time.monotonic() + 5  # a busy machine may be late
+    found: list[tuple[int, float]] = []
+    while not found and time.monotonic() < deadline:
+        time.sleep(0.2)
+        events = EventAccumulator(logger.log_dir).Reload()
+        if "train/loss" in events.Tags()["scalars"]:
+            found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [(3, 1.5)]
+
+
+def test_a_config_is_flattened_to_the_keys_that_are_typed() -> None:
+    config = {
+        "model": {"network": {"class_path": "src.networks.CNN", "init_args": {"dropout": 0.5, "weights": None}}},
+        "data": {"init_args": {"root": Path("data"), "augment": [1, 2]}},
+    }
+    assert flatten(config) == {
+        "model.network": "src.networks.CNN",
+        "model.network.dropout": 0.5,
+        "data.root": "data",
+    }
