@@ -1,6 +1,7 @@
 """What the command line needs beyond its parser: checkpoints found by name, and the configs they carry."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,12 @@ from src.errors import Failure, UsageError
 
 TRUSTED = ("src.", "torch.optim.", "lightning.pytorch.")
 """Classes that a checkpoint's own config may name; others must be named by the user, in a config or as an argument."""
+
+
+_CLASS_KEYS = {
+    *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "augment", "mix"),
+    *("callbacks", "logger", "plugins", "strategy", "profiler", "accelerator", "checkpoint"),
+}
 
 
 def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
@@ -98,8 +105,9 @@ def stored_config(checkpoint: Path, named_by_user: str) -> dict[str, Any]:
         raise Failure(f"{checkpoint} cannot be read as a checkpoint: it is damaged or cut short") from error
     except Exception as error:  # the unpickler's own error class is private
         raise Failure(f"{checkpoint} is not a checkpoint of plain values and tensors; nothing in it was run") from error
+    words = set(re.findall(r"[\w.]+", named_by_user))
     for name in class_paths(config):
-        if not name.startswith(TRUSTED) and name not in named_by_user:
+        if not name.startswith(TRUSTED) and name not in words:
             raise Failure(
                 f"{checkpoint} asks for the class {name}, which is not of this project; if you trust it, "
                 f"name it in a --config of your own"
@@ -107,14 +115,13 @@ def stored_config(checkpoint: Path, named_by_user: str) -> dict[str, Any]:
     return config
 
 
-def class_paths(config: Any) -> Iterator[str]:
-    """Yield every class that a config names."""
+def class_paths(config: Any, key: str = "") -> Iterator[str]:
+    """Yield every class that a config names, by ``class_path`` or, where a class is due, by its bare import path."""
     if isinstance(config, dict):
-        for key, value in config.items():
-            if key == "class_path":
-                yield str(value)
-            else:
-                yield from class_paths(value)
+        for name, value in config.items():
+            yield from class_paths(value, name)
     elif isinstance(config, list):
         for value in config:
-            yield from class_paths(value)
+            yield from class_paths(value, key)
+    elif key == "class_path" or (key in _CLASS_KEYS and isinstance(config, str) and "." in config):
+        yield str(config)

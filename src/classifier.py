@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from src.data.loader import Batch
-from src.errors import Failure
+from src.errors import Failure, UsageError
 from src.networks import Network
 from src.optim import OneCycle
 from src.optim.bounds import build_checked
@@ -70,16 +70,20 @@ class ImageClassifier(pl.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.label_smoothing = label_smoothing
         self.freeze_backbone, self.backbone_lr = freeze_backbone, backbone_lr
+        self.channels_last = channels_last
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
+        # By name, and now: a sharding strategy will flatten the parameters.
+        self._vectors = {name for name, p in network.named_parameters() if p.ndim < 2}
+        backbone = {id(p) for p in network.backbone_parameters()} if backbone_lr is not None else set()
+        self._backbone = {name for name, p in network.named_parameters() if id(p) in backbone}
         self.eval_loss = MeanMetric(nan_strategy="disable")
         self.eval_acc = MulticlassAccuracy(num_classes, average="micro")
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         # A bad lr, momentum or schedule is refused now, not when a run has begun.
         trial = self._build_optimizer()
-        if lr_scheduler is not None:
-            lr_scheduler(trial)
+        self._follows_length = lr_scheduler is not None and isinstance(lr_scheduler(trial), OneCycle)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[b, num_classes]``."""
@@ -88,7 +92,13 @@ class ImageClassifier(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Load pretrained weights when a fit starts from scratch; so early that a bad file leaves no run behind."""
-        if self.trainer.state.fn == "fit" and self.trainer.ckpt_path is None:
+        if self.trainer.state.fn != "fit":
+            return
+        if self._follows_length and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise UsageError(
+                "model.lr_scheduler: OneCycle needs the length of the run: give trainer.max_epochs or max_steps"
+            )
+        if self.trainer.ckpt_path is None:
             self.network.load_pretrained()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -101,15 +111,39 @@ class ImageClassifier(pl.LightningModule):
                     f"ckpt_path: the checkpoint holds another network than the config asks for: "
                     f"{name} is {shapes[0]} there and {shapes[1]} here"
                 )
+        if self.trainer.state.fn == "fit":
+            self._keep_what_is_asked_for(checkpoint)
+
+    def _keep_what_is_asked_for(self, checkpoint: dict[str, Any]) -> None:
+        """Let the optimizer's hyper-parameters of the config beat those that the checkpoint would bring back.
+
+        A schedule goes on from where it was: its lr is scaled by how much the optimizer's lr has changed.
+        """
+        asked = self._build_optimizer().param_groups
+        for state in checkpoint["optimizer_states"]:
+            if len(state["param_groups"]) != len(asked):
+                raise Failure(
+                    "ckpt_path: the checkpoint's optimizer has other parameter groups than the config asks for"
+                )
+            for found, wanted in zip(state["param_groups"], asked, strict=True):
+                base = found.get("initial_lr", found["lr"])
+                scheduled = found["lr"] if base == wanted["lr"] else found["lr"] * wanted["lr"] / base if base else 0.0
+                found |= {key: value for key, value in wanted.items() if key != "params"} | {"lr": scheduled}
+                if "initial_lr" in found:
+                    found["initial_lr"] = wanted["lr"]
+        for state in checkpoint["lr_schedulers"]:
+            if "base_lrs" in state:
+                state["base_lrs"] = [group["lr"] for group in asked]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of a batch and how many of this rank's images were classified right."""
-        logits = self.network(batch.images)
+        """Return the loss of a batch; of this rank's images, the summed loss and how many were classified right."""
+        logits = self._logits(batch)
         summed = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="sum")
         target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
         with torch.no_grad():
             correct = (logits.argmax(1) == target).sum()
-        return {"loss": summed * (self.trainer.world_size / batch.total), "correct": correct}
+        loss = summed * (self.trainer.world_size / batch.total)
+        return {"loss": loss, "summed": summed.detach(), "correct": correct}
 
     def on_train_epoch_start(self) -> None:
         """Freeze or thaw the backbone: a function of the epoch alone."""
@@ -131,8 +165,12 @@ class ImageClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probability of each class, float32 ``[b, num_classes]``."""
-        logits: Tensor = self.network(batch.images)
-        return logits.float().softmax(1)
+        return self._logits(batch).softmax(1)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        images = batch.images if self.channels_last else batch.images.contiguous()
+        logits: Tensor = self.network(images)
+        return logits.float()
 
     def on_validation_epoch_end(self) -> None:
         """Sum the confusion matrix over all ranks."""
@@ -147,7 +185,7 @@ class ImageClassifier(pl.LightningModule):
         self.confusion.reset()
 
     def _score(self, batch: Batch, stage: str) -> None:
-        logits = self.network(batch.images).float()
+        logits = self._logits(batch)
         self.eval_loss.update(F.cross_entropy(logits, batch.labels), len(batch.labels))
         self.eval_acc.update(logits, batch.labels)
         self.confusion.update(logits, batch.labels)
@@ -164,18 +202,20 @@ class ImageClassifier(pl.LightningModule):
         if isinstance(scheduler, OneCycle):
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         config: Any = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Group the parameters: head first, then backbone if its lr differs; each by whether it decays."""
-        backbone = {id(p) for p in self.network.backbone_parameters()} if self.backbone_lr is not None else set()
         groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-        for parameter in self.network.parameters():
-            key = (id(parameter) in backbone, parameter.ndim < 2)
+        for name, parameter in self.network.named_parameters():
+            name = name.replace("_fsdp_wrapped_module.", "")
+            key = (name in self._backbone, name in self._vectors)
             groups.setdefault(key, {"params": []})["params"].append(parameter)
         for (in_backbone, is_vector), group in groups.items():
             if in_backbone:
-                group["lr"] = self.backbone_lr
+                group |= {"lr": self.backbone_lr, "name": "backbone"}
             if is_vector:
                 group["weight_decay"] = 0.0
         return build_checked(lambda: self.optimizer([groups[key] for key in sorted(groups)]))

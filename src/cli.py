@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src import __version__
-from src.arguments import config_texts, find_checkpoint, join_paths, run_folder, stored_config
+from src.arguments import TRUSTED, class_paths, config_texts, find_checkpoint, join_paths, run_folder, stored_config
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.console import progress_callback
 from src.callbacks.curves import Curves
@@ -180,6 +180,8 @@ class CLI(LightningCLI):
             self.predictions = Predictions(folder)
             callbacks = [self.predictions if self.subcommand == "predict" else Report(folder)]
             config |= {"logger": False, "enable_checkpointing": False}
+            if self.subcommand == "predict":  # the files are not shared out among devices
+                config |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
             config["enable_progress_bar"] = sys.stdout.isatty() and config["enable_progress_bar"] is not False
         if config["enable_model_summary"] is None:
             config["enable_model_summary"] = False
@@ -189,6 +191,7 @@ class CLI(LightningCLI):
         """Refuse what would hang or do nothing."""
         if self.subcommand == "validate" and self.datamodule.val_size == 0:
             raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
+        self.datamodule.check(self.trainer.world_size)
         # DDP waits for every gradient unless it is told that parameters come to life late.
         kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
         if self.model.freeze_backbone and self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
@@ -222,12 +225,17 @@ class CLI(LightningCLI):
         if trainer.loggers:
             _say(f"TensorBoard: tensorboard --logdir {folder}")
         if isinstance(callback, Checkpoint) and callback.best is not None:
-            _say(f"test:        python -m src test --ckpt_path {os.path.relpath(callback.best)}")
+            # Classes of the user's own are not trusted in a checkpoint, but are in a config.
+            own = not all(name.startswith(TRUSTED) for name in class_paths(self.config[self.subcommand].as_dict()))
+            config = f" --config {folder / 'config.yaml'}" if own else ""
+            _say(f"test:        python -m src test{config} --ckpt_path {os.path.relpath(callback.best)}")
 
 
 def _seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
         raise ValueError("seed_everything: give a whole number: a run is a function of its seed")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed_everything: {seed} is out of range: at least 0, below 2**32")
     return seed
 
 
@@ -271,6 +279,8 @@ def main(args: Sequence[str] | None = None) -> int:
         cli = CLI(list(sys.argv[1:] if args is None else args))
     except (UsageError, Failure) as error:
         return _refuse(error)
+    except (OSError, ImportError) as error:
+        return _refuse(Failure(str(error)))
     except (MisconfigurationException, ValueError) as error:
         if not isinstance(error, MisconfigurationException) and not _from_lightning(error):
             raise

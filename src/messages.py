@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -142,9 +143,10 @@ def _locate(name: str, args: Sequence[str], configs: Sequence[str]) -> str:
             return option.removeprefix("--").replace(".init_args", "")
     for option, value in pairwise(args):
         if option.startswith("--") and value.startswith(("[", "{")):
-            key = full_key(name, {option.removeprefix("--").rstrip("+"): yaml.safe_load(value)})
-            if key != name:
-                return key
+            with suppress(yaml.YAMLError):
+                key = full_key(name, {option.removeprefix("--").rstrip("+"): yaml.safe_load(value)})
+                if key != name:
+                    return key
     for text in configs:
         key = full_key(name, yaml.safe_load(text))
         if key != name:

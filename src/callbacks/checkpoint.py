@@ -1,12 +1,10 @@
 """Which checkpoints a fit keeps: the last, and the best on the val split."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-from src.errors import UsageError
 
 
 class Checkpoint(ModelCheckpoint):
@@ -15,11 +13,13 @@ class Checkpoint(ModelCheckpoint):
     Lightning's ``save_last`` skips the epochs in which nothing got better, and so is not used.
 
     Args:
-        monitor: What ``best`` means: the name of a metric. Without a val split the best checkpoint is the last.
+        monitor: What ``best`` means. Without a val split the best checkpoint is the last.
         mode: Whether more (``max``) or less (``min``) of it is better.
     """
 
-    def __init__(self, monitor: str = "val/acc", mode: Literal["max", "min"] = "max") -> None:
+    def __init__(
+        self, monitor: Literal["val/acc", "val/loss"] = "val/acc", mode: Literal["max", "min"] = "max"
+    ) -> None:
         super().__init__(
             monitor=monitor,
             mode=mode,
@@ -52,9 +52,3 @@ class Checkpoint(ModelCheckpoint):
         path = str(Path(self.dirpath) / name)
         self._save_checkpoint(trainer, path)
         return path
-
-    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        if self.monitor not in monitor_candidates:
-            known = ", ".join(sorted(k for k in monitor_candidates if "/" in k))
-            raise UsageError(f"checkpoint.monitor: there is no metric {self.monitor}; there are {known}")
-        super()._save_topk_checkpoint(trainer, monitor_candidates)

@@ -23,6 +23,7 @@ class Point(NamedTuple):
 
     step: int
     sums: Tensor
+    images: int
     copied: torch.cuda.Event | None
     rates: dict[str, float]
 
@@ -40,8 +41,8 @@ class Curves(pl.Callback):
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
-        self._interval: list[tuple[Tensor, Tensor, int, int]] = []
-        self._epoch: list[tuple[Tensor, Tensor, int, int]] = []
+        self._interval: list[tuple[Tensor, Tensor, int]] = []
+        self._epoch: list[tuple[Tensor, Tensor, int]] = []
         self._points: deque[Point] = deque()
         self._lrs: dict[str, float] = {}
         self._step = 0
@@ -68,7 +69,7 @@ class Curves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Keep what the step measured, and make a point of it when one is due."""
-        measured = (outputs["loss"], outputs["correct"], len(batch.ids), batch.total)
+        measured = (outputs["summed"], outputs["correct"], batch.total)
         self._interval.append(measured)
         self._epoch.append(measured)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set outside of __init__
@@ -91,11 +92,10 @@ class Curves(pl.Callback):
         self._since += time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Offer the means of the epoch to other callbacks (early stopping, checkpoints)."""
+        """Offer the means of the epoch to other callbacks (early stopping)."""
         self._write(trainer, wait=True)
         if self._epoch:
-            means = _means(_sums(self._epoch, trainer).tolist())
-            pl_module.log_dict(means, logger=False, sync_dist=trainer.world_size > 1)
+            pl_module.log_dict(_means(*_sums(self._epoch)), logger=False, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the steps since the last point."""
@@ -104,10 +104,9 @@ class Curves(pl.Callback):
         self._write(trainer, wait=True)
 
     def _add_point(self, trainer: pl.Trainer) -> None:
-        sums = _sums(self._interval, trainer)
+        sums, count = _sums(self._interval)
         self._interval = []
         now = time.perf_counter()
-        rates = dict(self._lrs)
         elapsed, self._since = now - self._since, now
         copied = None
         if sums.is_cuda:
@@ -115,34 +114,32 @@ class Curves(pl.Callback):
             sums.copy_(device_sums, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        self._points.append(Point(self._step, sums, copied, rates | {"seconds": elapsed}))
+        rates = self._lrs | {"images/s": count / max(elapsed, 1e-9)}
+        self._points.append(Point(self._step, sums, count, copied, rates))
         self._write(trainer)
 
     def _write(self, trainer: pl.Trainer, wait: bool = False) -> None:
         """Log the points that have arrived from the device; with `wait`, all."""
         while self._points and (wait or self._points[0].arrived()):
-            step, sums, copied, rates = self._points.popleft()
+            step, sums, count, copied, rates = self._points.popleft()
             if copied is not None:
                 copied.synchronize()
-            numbers = sums.tolist()
-            seconds = rates.pop("seconds")
-            values = {**_means(numbers), **rates, "images/s": numbers[2] / max(seconds, 1e-9)}
+            values = {**_means(sums, count), **rates}
             self.latest |= values
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
 
 
-def _sums(measured: list[tuple[Tensor, Tensor, int, int]], trainer: pl.Trainer) -> Tensor:
-    """Return loss, hits and images summed over steps and ranks, float64 ``[3]`` on the device."""
-    losses, correct, counts, totals = zip(*measured, strict=True)
-    device = losses[0].device
-    shares = torch.tensor(totals, dtype=torch.float64).to(device, non_blocking=True) / trainer.world_size
-    loss = (torch.stack(losses).double() * shares).sum()
-    sums = torch.stack([loss, torch.stack(correct).sum().double(), shares.new_tensor(float(sum(counts)))])
-    reduced: Tensor = trainer.strategy.reduce(sums, reduce_op="sum")
-    return reduced
+def _sums(measured: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, int]:
+    """Return loss and hits summed over steps and ranks, ``[2]`` on the device, and the number of images."""
+    losses, correct, totals = zip(*measured, strict=True)
+    dtype = torch.float32 if losses[0].device.type == "mps" else torch.float64
+    sums = torch.stack([torch.stack(losses).to(dtype).sum(), torch.stack(correct).sum().to(dtype)])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums, sum(totals)
 
 
-def _means(sums: list[float]) -> dict[str, float]:
-    loss, correct, count = sums
+def _means(sums: Tensor, count: int) -> dict[str, float]:
+    loss, correct = sums.tolist()
     return {"train/loss": loss / count, "train/acc": correct / count}

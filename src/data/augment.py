@@ -1,4 +1,4 @@
-"""Batched augmentation on the device, as a pure function of (seed, epoch, image).
+"""Batched augmentation on the device, as a pure function of (seed, epoch, image); `Mixing`, of (seed, epoch, batch).
 
 Each augmentation draws one row of numbers for every image of the data set at the start of an epoch. A batch takes
 the rows of its images. So what an image looks like in an epoch does not depend on the batch size, on the order, on
@@ -98,7 +98,8 @@ class Cutout(Augmentation):
             raise ValueError(f"size: {size} is out of range: at least 1 pixel")
         if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
             raise ValueError(f"fill: {list(fill)} is not a colour: three numbers from 0 to 255")
-        self.size, self.fill = size, tuple(fill)
+        self.size = size
+        self._colour = torch.tensor(list(fill), dtype=torch.uint8)
 
     def draw(self, count: int, seed: int, epoch: int) -> Tensor:
         """Return float32 ``[count, 2]`` in [0, 1): the square's centre as a share of height and width."""
@@ -113,8 +114,8 @@ class Cutout(Augmentation):
             offset = torch.arange(length, device=pixels.device) - first
             inside.append((offset >= 0) & (offset < self.size))
         square = inside[0][:, :, None] & inside[1][:, None, :]
-        colour = torch.tensor(self.fill, dtype=torch.uint8, device=pixels.device)
-        return torch.where(square[..., None], colour, pixels)
+        self._colour = self._colour.to(pixels.device)  # copied once: a copy would hold up the host
+        return torch.where(square[..., None], self._colour, pixels)
 
 
 class Mixing(ABC):

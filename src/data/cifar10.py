@@ -85,11 +85,13 @@ class CIFAR10(ImageData):
         )
         if not self.download:
             raise Failure(f"there is no CIFAR-10 in {archive.parent}: {advice}")
+        partial = archive.with_name(f"{archive.name}.part")  # a download that is broken off leaves no archive
         try:
-            download_url(_OFFICIAL.url, str(archive.parent), archive.name, _OFFICIAL.tgz_md5)
+            download_url(_OFFICIAL.url, str(partial.parent), partial.name, _OFFICIAL.tgz_md5)
+            partial.replace(archive)
         except (OSError, RuntimeError) as error:  # RuntimeError: the download came out with another MD5
             with suppress(OSError):
-                archive.unlink()
+                partial.unlink()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Failure(f"CIFAR-10 could not be downloaded ({reason}): {advice}") from error
 

@@ -96,19 +96,20 @@ class ImageData(pl.LightningDataModule):
         self._part("test" if self.trainer.state.fn == "test" else "train")
         if self.trainer.state.fn == "fit":
             self.split()
-            self._check_batches()
 
-    def _check_batches(self) -> None:
-        """Try the augmentations on one image, and see that every rank gets a share of each batch."""
-        assert self.trainer is not None
-        if self.batch_size < self.trainer.world_size:
-            raise UsageError(
-                f"data.batch_size: {self.batch_size} is less than the number of devices, {self.trainer.world_size}"
-            )
-        pixels = self._part("train")[0][:1]
+    def check(self, world_size: int) -> None:
+        """See, before a run begins, that every rank gets a share of each batch and that the augmentations fit.
+
+        Raises:
+            UsageError: If not.
+        """
+        for name in ("batch_size", "eval_batch_size"):
+            if (value := getattr(self, name)) < world_size:
+                raise UsageError(f"data.{name}: {value} is less than the number of devices, {world_size}")
+        pixels = torch.zeros((1, self.image_size, self.image_size, 3), dtype=torch.uint8)
         for augmentation in self.augment:
             try:
-                augmentation.apply(pixels, augmentation.draw(1, self.seed, 0).to(pixels.device))
+                augmentation.apply(pixels, augmentation.draw(1, self.seed, 0))
             except ValueError as error:
                 raise UsageError(f"data.augment.{error}") from error
 

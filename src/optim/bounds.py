@@ -21,7 +21,7 @@ class Bound(NamedTuple):
     def holds(self, value: object) -> bool:
         """Return whether a number, or each of several, lies in the range; NaN and infinity never do."""
         if isinstance(value, (tuple, list)):
-            return all(self.holds(v) for v in value)
+            return all(v is None or self.holds(v) for v in value)
         return isinstance(value, (int, float)) and self.low <= value < self.high
 
 

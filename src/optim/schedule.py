@@ -4,7 +4,7 @@ python -m src fit --config configs/cifar10_regularized.yaml --model.lr_scheduler
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -49,6 +49,15 @@ class OneCycle(LRScheduler):
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule is. What it looks like comes from its arguments, which may change on resume."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a step, with the lr that this schedule has there."""
+        super().load_state_dict(state_dict)
+        self.set_total_steps(self.total_steps)
 
     def factor(self, step: int) -> float:
         """Return lr / peak at a step; the last step of the run has the last lr."""

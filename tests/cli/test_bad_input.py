@@ -1,13 +1,13 @@
 """Bad input gets one line that names the key or the file, the right exit status, and leaves no run behind."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from src.cli import main
-from tests.conftest import TINY, run_src
+from tests.conftest import CONFIGS, TINY, run_src
 
 BAD_ARGUMENTS = [
     (["fit", "--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs?"),
@@ -23,6 +23,24 @@ BAD_ARGUMENTS = [
     (["fit", "--model.optimizer.lr", "fast"], "model.optimizer.lr: 'fast' is not valid; expected a number"),
     (["fit", "--trainer.precision", "9-true"], "trainer.precision: '9-true' is not valid; expected"),
     (["fit", "--seed_everything", "true"], "seed_everything: give a whole number"),
+    (["fit", "--seed_everything", "-1"], "seed_everything: -1 is out of range: at least 0, below 2**32"),
+    (["fit", "--model.network", "{class_path: CNN"], "model.network: "),
+    (
+        ["fit", "--checkpoint.monitor", "train/loss"],
+        "checkpoint.monitor: 'train/loss' is not valid; expected one of val/",
+    ),
+    (
+        ["fit", "--config", f"{CONFIGS}/quickstart.yaml", "--trainer.max_epochs", "-1", "--data.train_images", "2500"],
+        "model.lr_scheduler: OneCycle needs the length of the run",
+    ),
+    (
+        ["fit", "--data.augment", "[{class_path: RandomCrop, init_args: {padding: 32}}]"],
+        "data.augment.padding: 32 is out",
+    ),
+    (
+        ["fit", "--trainer.accelerator=cpu", "--trainer.devices=2", "--data.batch_size=1"],
+        "data.batch_size: 1 is less than the number of devices, 2",
+    ),
     (["fit", "--checkpoint.mode", "big"], "checkpoint.mode: 'big' is not valid; expected one of max, min"),
     (["fit", "--data", "CIFAR100"], "data: there is no class CIFAR100; there are CIFAR10, Shapes10"),
     (["fit", "--model.network", "CNNN"], "model.network: there is no class CNNN; there are CNN, ResNet"),
@@ -163,7 +181,10 @@ def damaged(source: Path, target: Path, how: str) -> None:
         torch.save({"state_dict": {}}, target)
     else:
         checkpoint = torch.load(source, weights_only=True)
-        checkpoint["config"] = re.sub(r"class_path: src.networks.CNN", "class_path: evil.Network", checkpoint["config"])
+        config = yaml.safe_load(checkpoint["config"])
+        evil = "evil.Network"
+        config["model"]["network"] = evil if how.startswith("bare") else {"class_path": evil}
+        checkpoint["config"] = yaml.safe_dump(config)
         torch.save(checkpoint, target)
 
 
@@ -174,6 +195,7 @@ def damaged(source: Path, target: Path, how: str) -> None:
         ("no checkpoint", "cannot be read as a checkpoint"),
         ("other content", "is not a checkpoint of this project"),
         ("untrusted class", "asks for the class evil.Network"),
+        ("bare untrusted class", "asks for the class evil.Network"),
     ],
 )
 def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(

@@ -248,3 +248,47 @@ def test_a_run_without_a_val_split_keeps_its_last_weights_as_the_best(
     assert main(["test", "--ckpt_path", "best"]) == 0
     assert main(["validate", "--ckpt_path", "best"]) == 2
     assert "data.val_size: 0 leaves no val split" in capsys.readouterr().err
+
+
+def test_a_resumed_fit_goes_by_the_command_line_and_else_by_the_checkpoint(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from src.cli import CLI
+
+    schedule = ["--model.lr_scheduler=OneCycle", "--model.lr_scheduler.pct_start=0"]
+    assert main(["fit", *TINY, *schedule, "--trainer.default_root_dir=first"]) == 0
+    last = "--ckpt_path=first/lightning_logs/version_0/checkpoints/last.ckpt"
+    changed = ["--model.optimizer.lr=0.02", "--model.optimizer.momentum=0.5", "--trainer.max_epochs=4"]
+    cli = CLI(["fit", last, *changed, "--trainer.default_root_dir=resumed"])
+    group = cli.trainer.optimizers[0].param_groups[0]
+    assert (group["initial_lr"], group["momentum"], group["nesterov"]) == (0.02, 0.5, True)
+    assert cli.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.02, 0.02]
+    curves = scalars(Path("resumed/lightning_logs/version_0"))
+    steps, lrs = zip(*curves["lr"], strict=True)
+    assert steps == tuple(range(13, 25)), "it goes on at the step where the first fit ended"
+    assert lrs[0] == pytest.approx(0.02 * 0.5, rel=0.1), "half of the schedule of 24 steps is over"
+    assert cli.datamodule.batch_size == 50
+
+    # A plain lr, without a schedule of ours, is scaled too.
+    cli = CLI(
+        ["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", "--model.optimizer.lr=0.02", "--trainer.max_epochs=3"]
+    )
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.02
+    assert capsys.readouterr().err == ""
+
+
+def test_gradient_accumulation_shows_the_true_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frozen = [
+        *TINY,
+        "--model.optimizer.lr=0",
+        "--data.augment=[]",
+        "--trainer.max_epochs=1",
+        "--trainer.precision=32-true",
+    ]
+    for name, count in (("one", 1), ("three", 3)):
+        arguments = [f"--trainer.accumulate_grad_batches={count}", f"--trainer.default_root_dir={name}"]
+        assert main(["fit", *frozen, *arguments]) == 0
+    one, three = (scalars(Path(n) / "lightning_logs/version_0")["train/loss"] for n in ("one", "three"))
+    assert [step for step, _ in three] == [1, 2]
+    assert three[0][1] == pytest.approx(sum(loss for _, loss in one[:3]) / 3, rel=1e-5)
