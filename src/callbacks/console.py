@@ -65,7 +65,7 @@ class EpochLines(pl.Callback):
         """Print what training and validation gave."""
         if not trainer.is_global_zero:
             return
-        values = {**self.curves.latest, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
+        values = self.curves.latest | self.curves.epoch  # not callback_metrics: to read them is to wait for all ranks
         train = format_values(values, ("train/loss", "train/acc", "images/s", "lr"))
         val = format_values(values, ("val/loss", "val/acc"))
         head = epoch_name(trainer, trainer.current_epoch)

@@ -37,10 +37,12 @@ class Curves(pl.Callback):
 
     Attributes:
         latest: The newest values that were logged, by name.
+        epoch: The means of the last epoch, by name.
     """
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
+        self.epoch: dict[str, float] = {}
         self._interval: list[tuple[Tensor, Tensor, int]] = []
         self._epoch: list[tuple[Tensor, Tensor, int]] = []
         self._points: deque[Point] = deque()
@@ -95,7 +97,8 @@ class Curves(pl.Callback):
         """Offer the means of the epoch to other callbacks (early stopping)."""
         self._write(trainer, wait=True)
         if self._epoch:
-            pl_module.log_dict(_means(*_sums(self._epoch)), logger=False, sync_dist=trainer.world_size > 1)
+            self.epoch = _means(*_sums(self._epoch))
+            pl_module.log_dict(self.epoch, logger=False, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the steps since the last point."""
