@@ -47,7 +47,7 @@ class ImageClassifier(pl.LightningModule):
         self,
         network: Network,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
-            params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+            params, lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,

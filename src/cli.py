@@ -210,6 +210,8 @@ class CLI(LightningCLI):
         with warnings.catch_warnings():
             if subcommand == "fit":  # our points go on from epoch to epoch, however short an epoch is
                 warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+                # A resumed fit is a run of its own, and so has a folder of its own.
+                warnings.filterwarnings("ignore", message="The dirpath has changed")
             else:  # the callbacks of the fit have no part in an evaluation
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             super()._run_subcommand(subcommand)

@@ -49,7 +49,7 @@ def test_the_backbone_has_its_own_lr_and_every_parameter_one_group() -> None:
     model = classifier(backbone_lr=0.001)
     optimizer = model._build_optimizer()
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
-        (0.05, 5e-4), (0.05, 0.0), (0.001, 5e-4), (0.001, 0.0),
+        (0.02, 5e-4), (0.02, 0.0), (0.001, 5e-4), (0.001, 0.0),
     ]  # fmt: skip
     head = {id(p) for g in optimizer.param_groups[:2] for p in g["params"]}
     assert head == {id(p) for p in model.network.head.parameters()}

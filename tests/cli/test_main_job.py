@@ -183,7 +183,7 @@ def test_tensorboard_serves_every_curve_picture_and_hyper_parameter(tensorboard:
     sessions = post("hparams/session_groups", {"colParams": [], "sliceSize": 9, "allowedStatuses": STATUSES})
     (group,) = sessions["sessionGroups"]
     assert group["hparams"]["data.batch_size"] == 50
-    assert group["hparams"]["model.optimizer.lr"] == 0.05
+    assert group["hparams"]["model.optimizer.lr"] == 0.02
     found = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
     assert found == {name: pytest.approx(scalars(run)[name][-1][1]) for name in ("val/acc", "val/loss")}
 
@@ -258,22 +258,22 @@ def test_a_resumed_fit_goes_by_the_command_line_and_else_by_the_checkpoint(
     schedule = ["--model.lr_scheduler=OneCycle", "--model.lr_scheduler.pct_start=0"]
     assert main(["fit", *TINY, *schedule, "--trainer.default_root_dir=first"]) == 0
     last = "--ckpt_path=first/lightning_logs/version_0/checkpoints/last.ckpt"
-    changed = ["--model.optimizer.lr=0.02", "--model.optimizer.momentum=0.5", "--trainer.max_epochs=4"]
+    changed = ["--model.optimizer.lr=0.01", "--model.optimizer.momentum=0.5", "--trainer.max_epochs=4"]
     cli = CLI(["fit", last, *changed, "--trainer.default_root_dir=resumed"])
     group = cli.trainer.optimizers[0].param_groups[0]
-    assert (group["initial_lr"], group["momentum"], group["nesterov"]) == (0.02, 0.5, True)
-    assert cli.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.02, 0.02]
+    assert (group["initial_lr"], group["momentum"], group["nesterov"]) == (0.01, 0.5, True)
+    assert cli.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.01, 0.01]
     curves = scalars(Path("resumed/lightning_logs/version_0"))
     steps, lrs = zip(*curves["lr"], strict=True)
     assert steps == tuple(range(13, 25)), "it goes on at the step where the first fit ended"
-    assert lrs[0] == pytest.approx(0.02 * 0.5, rel=0.1), "half of the schedule of 24 steps is over"
+    assert lrs[0] == pytest.approx(0.01 * 0.5, rel=0.1), "half of the schedule of 24 steps is over"
     assert cli.datamodule.batch_size == 50
 
     # A plain lr, without a schedule of ours, is scaled too.
     cli = CLI(
-        ["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", "--model.optimizer.lr=0.02", "--trainer.max_epochs=3"]
+        ["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", "--model.optimizer.lr=0.01", "--trainer.max_epochs=3"]
     )
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.02
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.01
     assert capsys.readouterr().err == ""
 
 
