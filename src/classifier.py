@@ -111,7 +111,7 @@ class ImageClassifier(pl.LightningModule):
                     f"ckpt_path: the checkpoint holds another network than the config asks for: "
                     f"{name} is {shapes[0]} there and {shapes[1]} here"
                 )
-        if self.trainer.state.fn == "fit":
+        if self._trainer is not None and self._trainer.state.fn == "fit":
             self._keep_what_is_asked_for(checkpoint)
 
     def _keep_what_is_asked_for(self, checkpoint: dict[str, Any]) -> None:

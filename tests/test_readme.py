@@ -27,9 +27,9 @@ SRC_COMMANDS = [c.removeprefix("python -m src ") for c in COMMANDS if c.startswi
 def test_both_languages_give_the_same_commands_and_figures() -> None:
     chinese = READMES["README.zh-CN.md"]
     assert commands(chinese) == COMMANDS
-    rows = [re.findall(r"[\d.,]+", line) for line in READMES["README.md"].splitlines() if line.startswith("| `")]
+    rows = [re.findall(r"\d[\d.,]*\d|\d", line) for line in READMES["README.md"].splitlines() if line.startswith("| `")]
     assert rows
-    assert [re.findall(r"[\d.,]+", line) for line in chinese.splitlines() if line.startswith("| `")] == rows
+    assert [re.findall(r"\d[\d.,]*\d|\d", line) for line in chinese.splitlines() if line.startswith("| `")] == rows
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -41,7 +41,7 @@ def test_every_link_and_file_in_the_readme_is_there() -> None:
     for text in READMES.values():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (REPOSITORY / target).exists(), target
-        for target in re.findall(r"\bconfigs/[\w/]+\.yaml", text):
+        for target in re.findall(r"\bconfigs/[a-z][\w/]*\.yaml", text):
             assert (REPOSITORY / target).exists(), target
 
 
@@ -60,7 +60,7 @@ def test_the_first_command_trains_well_and_the_others_work_on_its_run(
 ) -> None:
     (first,) = [c.split("&& python -m src ")[1] for c in COMMANDS if "&& python -m src" in c]
     (tmp_path / "configs").symlink_to(CONFIGS)
-    last_lines = run_src(*shlex.split(first), cwd=tmp_path, OMP_NUM_THREADS="2").stdout.splitlines()[-3:]
+    last_lines = run_src(*shlex.split(first), cwd=tmp_path).stdout.splitlines()[-3:]
     assert "\n".join(last_lines) in READMES["README.md"], "the three lines at the end are those of the README"
 
     monkeypatch.chdir(tmp_path)
