@@ -131,16 +131,13 @@ class ImageData(pl.LightningDataModule):
                 raise UsageError(
                     f"data.samples_per_class: {self.samples_per_class} is more than the train split has: {fewest}"
                 )
-            orders = [
-                torch.randperm(len(m), generator=generator(self.split_seed, "train", i)) for i, m in enumerate(members)
-            ]
-            train = (
-                torch.cat([m[o[: self.samples_per_class]] for m, o in zip(members, orders, strict=True)]).sort().values
-            )
+            draws = [generator(self.split_seed, "train", label) for label in range(self.num_classes)]
+            orders = [torch.randperm(len(m), generator=draw) for m, draw in zip(members, draws, strict=True)]
+            picked = [m[order[: self.samples_per_class]] for m, order in zip(members, orders, strict=True)]
+            train = torch.cat(picked).sort().values
         elif self.train_fraction < 1:
             wanted = max(1, round(self.train_fraction * len(train)))
-            picked, _ = stratified_split(labels[train], wanted, self.split_seed, "train")
-            train = train[picked]
+            train = train[stratified_split(labels[train], wanted, self.split_seed, "train")[0]]
         return train, val
 
     def train_dataloader(self) -> ResidentLoader:

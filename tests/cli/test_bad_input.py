@@ -158,6 +158,18 @@ def test_a_failure_of_the_world_is_told_in_one_line(
     assert (status, line in error) == (1, True), error
 
 
+def test_an_altered_data_file_is_named_before_a_run_begins(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("cifar-10-batches-py")
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"altered")
+    status, error = refusal(["fit", "--data=CIFAR10", "--data.root=."], capsys)
+    assert status == 1
+    assert "cifar-10-batches-py/data_batch_1 is not the official file: it has 7 bytes" in error
+
+
 def test_in_a_process_of_its_own_there_is_the_line_and_nothing_else(tmp_path: Path) -> None:
     done = run_src("fit", "--data.batch_size", "0", cwd=tmp_path, status=2)
     assert done.stderr == "error: data.batch_size: 0 is out of range: at least 1 image\n"
