@@ -1,0 +1,37 @@
+"""In a terminal there is a progress bar with what a person wants to see."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, TINY
+
+
+def test_the_bar_shows_epoch_loss_accuracy_speed_and_lr(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "CI")}
+    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "src", "fit", *TINY]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs, stderr=theirs, close_fds=True) as process:
+        os.close(theirs)
+        output = b""
+        while True:
+            try:
+                chunk = os.read(ours, 65536)
+            except OSError:  # the other end is closed: the process is over
+                break
+            if not chunk:
+                break
+            output += chunk
+    os.close(ours)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
+    last = [line for line in re.split(r"[\r\n]+", text) if line.startswith("Epoch 2/2")][-1]
+    assert re.search(r"6/6 .*train/loss: \d\.\d{4}  val/acc: \d\.\d{4}  images/s: [\d,]+  lr: [\d.]+", last), last
