@@ -42,6 +42,13 @@ _SUBCOMMANDS = {
     "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
 }
 
+_HELP = {
+    "fit": "Train a network, with live curves and checkpoints in a folder of the run's own.",
+    "validate": "Score a checkpoint on the val split.",
+    "test": "Score a checkpoint on the test set; writes test.json and a confusion matrix.",
+    "predict": "Name the classes of image files.",
+}
+
 # The least values of the Trainer's numbers that it does not check itself.
 _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
           "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
@@ -86,7 +93,12 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             trainer_defaults={"max_epochs": 10, "log_every_n_steps": 10},
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m src", "version": __version__},
+            parser_kwargs={
+                "prog": "python -m src",
+                "version": __version__,
+                "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
+                **{name: {"description": text} for name, text in _HELP.items()},
+            },
             args=args,
         )
 
@@ -94,6 +106,11 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Name the sub-commands."""
         return _SUBCOMMANDS
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for action in parser._subcommands_action._choices_actions:  # Lightning puts its own, longer texts there
+            action.help = _HELP[action.dest]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint's settings, the defaults and the links."""
