@@ -109,6 +109,7 @@ class CLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
         for action in parser._subcommands_action._choices_actions:  # Lightning puts its own, longer texts there
             action.help = _HELP[action.dest]
 
