@@ -1,25 +1,13 @@
-"""What the command line needs beyond its parser: checkpoints found by name, and the configs they carry."""
+"""What the command line needs beyond its parser: paths gathered, checkpoints found by their names."""
 
 import json
-import re
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from src.errors import Failure, UsageError
-
-TRUSTED = ("src.", "torch.optim.", "lightning.pytorch.")
-"""Classes that a checkpoint's own config may name; others must be named by the user, in a config or as an argument."""
-
-
-_CLASS_KEYS = {
-    *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "augment", "mix"),
-    *("callbacks", "logger", "plugins", "strategy", "profiler", "accelerator", "checkpoint"),
-}
 
 
 def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
@@ -42,7 +30,11 @@ def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
 
 
 def config_texts(args: Sequence[str]) -> list[str]:
-    """Return the contents of the configs named on a command line, as far as they can be read."""
+    """Return the contents of the configs named on a command line, as far as they can be read.
+
+    Raises:
+        UsageError: If one is not UTF-8, or of a kind of YAML that is no config.
+    """
     texts = []
     for i, word in enumerate(args):
         name = word.partition("=")[2] if word.startswith("--config=") else ""
@@ -50,10 +42,35 @@ def config_texts(args: Sequence[str]) -> list[str]:
             name = args[i + 1]
         try:
             texts.append(Path(name).read_text(encoding="utf-8") if name else "")
-            yaml.safe_load(texts[-1])
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            check_nesting(yaml.safe_load(texts[-1]), name)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"config: {name} is not text in UTF-8") from error
+        except (OSError, yaml.YAMLError):  # said better by the parser
             texts[-1:] = []
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:  # from a tag such as !!timestamp
+            raise UsageError(f"config: {name} cannot be read as YAML ({error})") from error
     return texts
+
+
+def check_nesting(value: Any, name: str, deepest: int = 30, most: int = 100_000) -> None:
+    """See that a config has an end: by its anchors YAML can say endless things in a few bytes.
+
+    Raises:
+        UsageError: If it is nested deeper than `deepest`, or holds more than `most` values.
+    """
+    level, count = [value], 0
+    for _ in range(deepest):
+        level = [item for v in level for item in _items(v)]
+        count += len(level)
+        if count > most:
+            break
+        if not level:
+            return
+    raise UsageError(f"config: {name} is nested too deeply, or refers to itself")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def find_checkpoint(name: str, runs: Path) -> Path:
@@ -82,46 +99,3 @@ def find_checkpoint(name: str, runs: Path) -> Path:
 def run_folder(checkpoint: Path) -> Path:
     """Return the folder of the run that a checkpoint belongs to; for one on its own, the folder it is in."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-
-
-def stored_config(checkpoint: Path, named_by_user: str) -> dict[str, Any]:
-    """Return the config that a checkpoint carries.
-
-    Args:
-        checkpoint: The file. Nothing but plain values and tensors is unpickled.
-        named_by_user: Text of the user's own configs and command line: classes named there are trusted.
-
-    Raises:
-        Failure: If the file is damaged, is not of this project, or names a class that is not trusted.
-    """
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        config = yaml.safe_load(content["config"])
-        if not isinstance(config, dict) or "state_dict" not in content:
-            raise KeyError("config")
-    except (KeyError, TypeError, IndexError, yaml.YAMLError) as error:
-        raise Failure(f"{checkpoint} is not a checkpoint of this project: it carries no config") from error
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise Failure(f"{checkpoint} cannot be read as a checkpoint: it is damaged or cut short") from error
-    except Exception as error:  # the unpickler's own error class is private
-        raise Failure(f"{checkpoint} is not a checkpoint of plain values and tensors; nothing in it was run") from error
-    words = set(re.findall(r"[\w.]+", named_by_user))
-    for name in class_paths(config):
-        if not name.startswith(TRUSTED) and name not in words:
-            raise Failure(
-                f"{checkpoint} asks for the class {name}, which is not of this project; if you trust it, "
-                f"name it in a --config of your own"
-            )
-    return config
-
-
-def class_paths(config: Any, key: str = "") -> Iterator[str]:
-    """Yield every class that a config names, by ``class_path`` or, where a class is due, by its bare import path."""
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield from class_paths(value, name)
-    elif isinstance(config, list):
-        for value in config:
-            yield from class_paths(value, key)
-    elif key == "class_path" or (key in _CLASS_KEYS and isinstance(config, str) and "." in config):
-        yield str(config)

@@ -5,7 +5,8 @@
 What the hot path measures (loss, hits) stays on the device; `src.callbacks.curves` reads and logs it.
 """
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +15,11 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name)
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from src.data.loader import Batch
 from src.errors import Failure, UsageError
+from src.mean_loss import MeanLoss
 from src.networks import Network
 from src.optim import OneCycle
 from src.optim.bounds import build_checked
@@ -41,6 +42,7 @@ class ImageClassifier(pl.LightningModule):
 
     Attributes:
         confusion_matrix: Of the last validation or test: images by true class (row) and prediction (column), int64.
+        lr_scale: What every lr has been multiplied by since the run began.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class ImageClassifier(pl.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.label_smoothing = label_smoothing
         self.freeze_backbone, self.backbone_lr = freeze_backbone, backbone_lr
+        self.lr_scale = 1.0
         self.channels_last = channels_last
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -77,13 +80,20 @@ class ImageClassifier(pl.LightningModule):
         self._vectors = {name for name, p in network.named_parameters() if p.ndim < 2}
         backbone = {id(p) for p in network.backbone_parameters()} if backbone_lr is not None else set()
         self._backbone = {name for name, p in network.named_parameters() if id(p) in backbone}
-        self.eval_loss = MeanMetric(nan_strategy="disable")
+        self.eval_loss = MeanLoss()
         self.eval_acc = MulticlassAccuracy(num_classes, average="micro")
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         # A bad lr, momentum or schedule is refused now, not when a run has begun.
         trial = self._build_optimizer()
         self._follows_length = lr_scheduler is not None and isinstance(lr_scheduler(trial), OneCycle)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the weights, but not what builds optimizers: it leads to the command line, the Trainer and the data."""
+        clone = self.__class__.__new__(self.__class__)
+        memo |= {id(self): clone, id(self.optimizer): self.optimizer, id(self.lr_scheduler): self.lr_scheduler}
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return clone
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[b, num_classes]``."""
@@ -101,6 +111,10 @@ class ImageClassifier(pl.LightningModule):
         if self.trainer.ckpt_path is None:
             self.network.load_pretrained()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the lr has been multiplied by, and the hyper-parameters that were asked for."""
+        checkpoint["lr_scale"], checkpoint["asked"] = self.lr_scale, self._asked()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another network, by the name of a tensor that differs."""
         found, own = checkpoint["state_dict"], self.state_dict()
@@ -115,25 +129,45 @@ class ImageClassifier(pl.LightningModule):
             self._keep_what_is_asked_for(checkpoint)
 
     def _keep_what_is_asked_for(self, checkpoint: dict[str, Any]) -> None:
-        """Let the optimizer's hyper-parameters of the config beat those that the checkpoint would bring back.
+        """Let hyper-parameters of the optimizer that are asked for anew beat those that the checkpoint brings back.
 
-        A schedule goes on from where it was: its lr is scaled by how much the optimizer's lr has changed.
+        What is asked for as before is left to the checkpoint: a schedule may have changed it since. A new lr scales
+        what the schedule had made of the old one.
         """
-        asked = self._build_optimizer().param_groups
+        self.lr_scale = checkpoint["lr_scale"]
+        before, now = checkpoint["asked"], self._asked()
+        ratios = []
         for state in checkpoint["optimizer_states"]:
-            if len(state["param_groups"]) != len(asked):
+            if not len(state["param_groups"]) == len(before) == len(now):
                 raise Failure(
                     "ckpt_path: the checkpoint's optimizer has other parameter groups than the config asks for"
                 )
-            for found, wanted in zip(state["param_groups"], asked, strict=True):
-                base = found.get("initial_lr", found["lr"])
-                scheduled = found["lr"] if base == wanted["lr"] else found["lr"] * wanted["lr"] / base if base else 0.0
-                found |= {key: value for key, value in wanted.items() if key != "params"} | {"lr": scheduled}
-                if "initial_lr" in found:
-                    found["initial_lr"] = wanted["lr"]
+            for found, was, wanted in zip(state["param_groups"], before, now, strict=True):
+                found |= {k: v for k, v in wanted.items() if k != "lr" and (k not in was or was[k] != v)}
+                ratios.append(wanted["lr"] / was["lr"] if was["lr"] else 1.0)
+                for key in ("lr", "initial_lr"):
+                    if key in found:
+                        found[key] = found[key] * ratios[-1] if was["lr"] else wanted["lr"] * self.lr_scale
         for state in checkpoint["lr_schedulers"]:
             if "base_lrs" in state:
-                state["base_lrs"] = [group["lr"] for group in asked]
+                state["base_lrs"] = [lr * ratio for lr, ratio in zip(state["base_lrs"], ratios, strict=True)]
+
+    def _asked(self) -> list[dict[str, Any]]:
+        """Return the hyper-parameters of each parameter group as they are asked for."""
+        groups = self._build_optimizer().param_groups
+        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply every lr by a factor, for the rest of the run; a schedule keeps its shape."""
+        self.lr_scale *= factor
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                for key in ("lr", "initial_lr"):
+                    if key in group:
+                        group[key] *= factor
+        for config in self.trainer.lr_scheduler_configs:
+            if hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [lr * factor for lr in config.scheduler.base_lrs]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch; of this rank's images, the summed loss and how many were classified right."""
@@ -144,6 +178,10 @@ class ImageClassifier(pl.LightningModule):
             correct = (logits.argmax(1) == target).sum()
         loss = summed * (self.trainer.world_size / batch.total)
         return {"loss": loss, "summed": summed.detach(), "correct": correct}
+
+    def on_train_start(self) -> None:
+        """Freeze or thaw the backbone also where a fit is resumed in the middle of an epoch."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Freeze or thaw the backbone: a function of the epoch alone."""
@@ -173,8 +211,17 @@ class ImageClassifier(pl.LightningModule):
         return logits.float()
 
     def on_validation_epoch_end(self) -> None:
-        """Sum the confusion matrix over all ranks."""
+        """Sum the confusion matrix over all ranks, and step a schedule that goes by the loss."""
         self._sum_confusion()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            for config in self.trainer.lr_scheduler_configs:
+                if config.reduce_on_plateau:
+                    config.scheduler.step(float(self.eval_loss.compute()))  # type: ignore[arg-type] # a loss, not an epoch
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule; one that goes by the loss has been stepped by the validation, before anything is saved."""
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_test_epoch_end(self) -> None:
         """Sum the confusion matrix over all ranks."""
@@ -200,6 +247,7 @@ class ImageClassifier(pl.LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, OneCycle):
+            scheduler.base_lrs = [lr * self.lr_scale for lr in scheduler.base_lrs]  # of a run that was rolled back
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         config: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

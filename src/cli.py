@@ -6,6 +6,7 @@ python -m src test --ckpt_path best
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -16,21 +17,28 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src import __version__
-from src.arguments import TRUSTED, class_paths, config_texts, find_checkpoint, join_paths, run_folder, stored_config
+from src.arguments import config_texts, find_checkpoint, join_paths, run_folder
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.console import progress_callback
 from src.callbacks.curves import Curves
+from src.callbacks.guard import Guard
+from src.callbacks.memory import Memory, is_out_of_memory
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
 from src.callbacks.record import RunLogger, RunRecord
 from src.callbacks.report import Report
+from src.callbacks.resume import Resume
+from src.callbacks.signals import Signals
+from src.checkpoint_io import TRUSTED, VerifiedCheckpointIO, class_paths, leaves, read, stored_config
 from src.classifier import ImageClassifier
 from src.data import ImageData
-from src.errors import Failure, UsageError
+from src.errors import Failure, Interrupted, UsageError
 from src.hardware import default_precision, describe, device_type, refuse_precision
 from src.messages import deepest_reason, explain, full_key
 
@@ -55,7 +63,12 @@ _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_v
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
-          "Loading `train_dataloader`", "Using bfloat16", "Using 16bit", "Seed set to")  # fmt: skip
+          "Loading `train_dataloader`", "Using bfloat16", "Using 16bit", "Seed set to",
+          "Found current_model_state")  # fmt: skip
+
+
+# How gloo and NCCL say that the process at the other end is no more.
+_PEER_IS_GONE = re.compile(r"Connection (?:reset|closed) by peer|Broken pipe|Connection refused|remote process exited")
 
 
 class Parser(LightningArgumentParser):
@@ -84,6 +97,9 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.checkpoint: Path | None = None
+        self.changes: dict[str, list[Any]] = {}
+        self.resumed: Path | None = None
+        self.step = 0
         super().__init__(
             ImageClassifier,
             ImageData,
@@ -116,6 +132,13 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint's settings, the defaults and the links."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Guard, "guard")
+        parser.add_argument(
+            "--new_run",
+            type=bool,
+            default=False,
+            help="Let a resumed fit write into a folder of its own, not its run's.",
+        )
         parser.set_defaults(
             {"model.network": {"class_path": "src.networks.CNN"}, "data": {"class_path": "src.data.Shapes10"}}
         )
@@ -127,6 +150,7 @@ class CLI(LightningCLI):
         """Parse the command line, on top of what the checkpoint carries if one is named."""
         args = join_paths(args)
         Parser.command_line = args
+        texts = config_texts(args)
         self.config = parser.parse_args(args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
@@ -136,12 +160,29 @@ class CLI(LightningCLI):
         else:
             runs = Path(self.config[command].trainer.default_root_dir or ".") / "lightning_logs"
             self.checkpoint = find_checkpoint(str(ckpt_path), runs)
-            stored = stored_config(self.checkpoint, "\n".join([*args, *config_texts(args)]))
+            content = read(self.checkpoint)
             where = args.index(command) + 1
+            named = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
+            stored = stored_config(self.checkpoint, content, "\n".join([*named, *texts]))
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
             self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
             self.config[command].ckpt_path = str(self.checkpoint)
+            self._note_changes(stored, content["global_step"])
         self._check_trainer(self.config[command].trainer)
+
+    def _note_changes(self, stored: dict[str, Any], step: int) -> None:
+        """Find what a resumed fit does otherwise than its run did, and whether it goes on in its run's folder."""
+        config = self.config[self.config.subcommand]
+        resolved = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.config.subcommand]
+        before, now = dict(leaves(stored)), dict(leaves(resolved))
+        keys = [key for key in {**before, **now} if key not in ("ckpt_path", "new_run")]
+        changes = {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k)}
+        self.changes = {k.replace("/init_args", "").replace("/", "."): v for k, v in changes.items()}
+        assert self.checkpoint is not None
+        folder = run_folder(self.checkpoint)
+        elsewhere = config.trainer.default_root_dir != stored.get("trainer", {}).get("default_root_dir")
+        if (folder / "config.yaml").is_file() and not (elsewhere or config.new_run):
+            self.resumed, self.step = folder, step
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint beat the command line."""
@@ -152,6 +193,8 @@ class CLI(LightningCLI):
             value = trainer[name]
             if value is not None and not value >= least:
                 raise UsageError(f"trainer.{name}: {value} is out of range: at least {least}")
+        if "\0" in str(trainer.default_root_dir):
+            raise UsageError("trainer.default_root_dir: no path has a NUL in it")
         accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
         self.device = device_type(accelerator)
         if accelerator in ("gpu", "cuda", "mps") and self.device == "cpu":
@@ -183,7 +226,14 @@ class CLI(LightningCLI):
             pass  # Lightning measures itself: no logger, no callbacks
         elif self.subcommand == "fit":
             curves = Curves()
-            callbacks = [curves, Pictures()]
+            callbacks = [
+                Resume(self.changes),
+                curves,
+                Pictures(),
+                self._get(self.config_init, "guard"),
+                Memory(),
+                Signals(),
+            ]
             if config["enable_progress_bar"] is not False:
                 progress = progress_callback(curves)
                 callbacks.append(progress)
@@ -191,7 +241,7 @@ class CLI(LightningCLI):
             if config["enable_checkpointing"] is not False:
                 callbacks.append(checkpoint)
             if config["logger"] in (None, True):
-                config["logger"] = RunLogger(Path(config["default_root_dir"] or "."))
+                config["logger"] = RunLogger(Path(config["default_root_dir"] or "."), self.resumed, self.step)
         else:
             assert self.checkpoint is not None
             folder = run_folder(self.checkpoint)
@@ -201,6 +251,8 @@ class CLI(LightningCLI):
             if self.subcommand == "predict":  # the files are not shared out among devices
                 config |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
             config["enable_progress_bar"] = sys.stdout.isatty() and config["enable_progress_bar"] is not False
+        if not any(isinstance(plugin, CheckpointIO) for plugin in _as_list(config["plugins"])):
+            config["plugins"] = [*_as_list(config["plugins"]), VerifiedCheckpointIO()]
         if config["enable_model_summary"] is None:
             config["enable_model_summary"] = False
         return self._instantiate_trainer(config, callbacks)
@@ -228,11 +280,29 @@ class CLI(LightningCLI):
         with warnings.catch_warnings():
             if subcommand == "fit":  # our points go on from epoch to epoch, however short an epoch is
                 warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-                # A resumed fit is a run of its own, and so has a folder of its own.
-                warnings.filterwarnings("ignore", message="The dirpath has changed")
+                # The loader needs no state to go on in the middle of an epoch: it is told the position.
+                warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
             else:  # the callbacks of the fit have no part in an evaluation
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except Exception as error:
+                self._explain(error)
+                raise
+
+    def _explain(self, error: Exception) -> None:
+        """Raise what went wrong in the words of the user; what cannot be said better is left as it is."""
+        if is_out_of_memory(error):
+            raise Failure(" ".join(["out of memory", *getattr(error, "__notes__", [])])) from error
+        if isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error)):
+            rank = self.trainer.global_rank
+            raise Failure(f"another process of this run has ended, so this one (rank {rank}) ends too") from error
+        if self.trainer._checkpoint_connector._loaded_checkpoint:  # it has not been restored to the end
+            if self.resumed is None and isinstance(self.trainer.logger, RunLogger):
+                self.trainer.logger.discard()
+            if not isinstance(error, (Failure, UsageError, OSError, MisconfigurationException)):
+                what = f"{type(error).__name__}: {error}"
+                raise Failure(f"ckpt_path: {self.checkpoint} does not fit what is asked for ({what})") from error
 
     def after_fit(self) -> None:
         """End with where the run is, how to look at it, and how to test it."""
@@ -265,9 +335,13 @@ def _inherited(stored: dict[str, Any], command: str) -> dict[str, Any]:
     A fit goes on as it was. An evaluation takes model, data and precision, but not the machine it was trained on.
     """
     if command == "fit":
-        return {k: v for k, v in stored.items() if k not in ("ckpt_path", "config")}
+        return {k: v for k, v in stored.items() if k not in ("ckpt_path", "config", "new_run")}
     kept = {k: stored[k] for k in ("seed_everything", "model", "data") if k in stored}
     return kept | {"trainer": {"precision": stored.get("trainer", {}).get("precision")}}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _say(line: str) -> None:
@@ -297,11 +371,23 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     try:
         cli = CLI(list(sys.argv[1:] if args is None else args))
+    except Interrupted as error:
+        if _get_rank():  # the first process answers for all; Lightning would kill it for what others return
+            return 0
+        sys.stderr.write(f"{error}\n")
+        return error.status
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by SIGINT before the first step; nothing was saved\n")
+        return 130
     except (UsageError, Failure) as error:
         return _refuse(error)
     except (OSError, ImportError) as error:
         return _refuse(Failure(str(error)))
-    except (MisconfigurationException, ValueError) as error:
+    except OverflowError as error:
+        return _refuse(UsageError(f"a number is out of range: {error}"))
+    except RecursionError:
+        return _refuse(UsageError("config: it is nested too deeply, or refers to itself"))
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
         if not isinstance(error, MisconfigurationException) and not _from_lightning(error):
             raise
         return _refuse(UsageError(str(error)))
@@ -311,5 +397,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def _refuse(error: UsageError | Failure) -> int:
     if os.environ.get("LIVE_CIFAR10_TRACEBACK"):
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"error: {line if len(line) < 1000 else f'{line[:700]} … {line[-300:]}'}\n")
     return 2 if isinstance(error, UsageError) else 1

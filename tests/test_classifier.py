@@ -9,6 +9,7 @@ from src.callbacks.console import EpochLines
 from src.callbacks.curves import Curves
 from src.classifier import ImageClassifier
 from src.data import Batch, CutMix, Shapes10
+from src.mean_loss import MeanLoss
 from src.networks import CNN, ResNet
 from src.optim import OneCycle
 
@@ -143,3 +144,15 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
     expected = model(images)
     model.to(memory_format=torch.contiguous_format)
     assert torch.allclose(model(images), expected, atol=1e-5)
+
+
+def test_the_mean_loss_is_over_images_whatever_the_batches_and_the_precision_of_the_module() -> None:
+    metric = MeanLoss()
+    torch.nn.ModuleDict({"metric": metric}).to(torch.bfloat16)
+    metric.update(torch.tensor(1.0), 10)
+    metric.update(torch.tensor(2.0), 30)
+    assert metric.compute() == 1.75
+    metric.reset()
+    for _ in range(300):
+        metric.update(torch.tensor(1.001), 1)
+    assert metric.compute() == torch.tensor(1.001)

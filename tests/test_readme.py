@@ -67,9 +67,10 @@ def test_the_first_command_trains_well_and_the_others_work_on_its_run(
     Path("photos").mkdir()
     for name in ("cat.png", "photos/dog.jpg"):
         Image.new("RGB", (64, 48), (200, 50, 50)).save(name)
+    assert "fit --ckpt_path last" in SRC_COMMANDS
     evaluations = [c for c in SRC_COMMANDS if not c.startswith("fit")]
     assert {c.split()[0] for c in evaluations} == {"validate", "test", "predict"}
-    for command in [*evaluations, last_lines[-1].split("python -m src ")[1]]:
+    for command in [*evaluations, "fit --ckpt_path last", last_lines[-1].split("python -m src ")[1]]:
         assert main(shlex.split(command)) == 0, capsys.readouterr().err
     output = capsys.readouterr().out
     assert float(re.findall(r"val/acc ([\d.]+)", output)[0]) >= 0.95

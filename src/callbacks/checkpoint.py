@@ -1,54 +1,157 @@
-"""Which checkpoints a fit keeps: the last, and the best on the val split."""
+"""When checkpoints are written, and which are kept: the last, and the best on the val split.
 
+    python -m src fit --checkpoint.every_n_steps 100
+
+Each is written at a step boundary, in a state from which `src.callbacks.resume` goes on to the last bit.
+"""
+
+import math
+import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from src.callbacks.resume import Position, mark_position
+from src.checkpoint_io import VerifiedCheckpointIO
 
 
-class Checkpoint(ModelCheckpoint):
-    """Keeps ``checkpoints/last.ckpt`` (each epoch) and ``checkpoints/best.ckpt`` in the run's folder.
+class Checkpoint(pl.callbacks.Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` in the run's folder.
 
-    Lightning's ``save_last`` skips the epochs in which nothing got better, and so is not used.
+    The last is written at the end of each epoch, as often as asked for in between, and when a signal ends the run.
 
     Args:
-        monitor: What ``best`` means. Without a val split the best checkpoint is the last.
+        monitor: What ``best`` means. Without a val split the best checkpoint is the last epoch's.
         mode: Whether more (``max``) or less (``min``) of it is better.
+        every_n_steps: Optimizer steps from one ``last.ckpt`` to the next, at least 1; null: only by the epoch and
+            the clock.
+        every_n_minutes: Minutes from one ``last.ckpt`` to the next within an epoch, above 0; null: not by the clock.
     """
 
     def __init__(
-        self, monitor: Literal["val/acc", "val/loss"] = "val/acc", mode: Literal["max", "min"] = "max"
+        self,
+        monitor: Literal["val/acc", "val/loss"] = "val/acc",
+        mode: Literal["max", "min"] = "max",
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = 5.0,
     ) -> None:
-        super().__init__(
-            monitor=monitor,
-            mode=mode,
-            filename="best",
-            save_top_k=1,
-            save_last=False,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps: {every_n_steps} is out of range: at least 1, or null")
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise ValueError(f"every_n_minutes: {every_n_minutes} is out of range: above 0, or null")
+        self.monitor, self.mode = monitor, mode
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.folder: Path | None = None
+        self.best_score: float | None = None
+        self._due = False
+        self._step = 0
+        self._saved_at = 0.0
+        self._position: Position = "batch"
 
     @property
     def best(self) -> Path | None:
         """The checkpoint to test: the best one, else the last, else none."""
-        path = self.best_model_path or self.last_model_path
-        return Path(path) if path else None
+        paths = [self.folder / f"{name}.ckpt" for name in ("best", "last")] if self.folder else []
+        return next((path for path in paths if path.is_file()), None)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the run's folder."""
+        folder = trainer.log_dir or trainer.default_root_dir  # asked for on all ranks: it is broadcast
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
+            self.folder = Path(folder) / "checkpoints"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._step, self._saved_at = trainer.global_step, time.monotonic()
+        if self.folder is not None and not (self.folder / "best.ckpt").is_file():
+            self.best_score = None  # the run goes on in a folder of its own
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the last checkpoint when it is due; if a validation or the epoch's end follows, after that."""
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        self._step = trainer.global_step
+        if self._is_due(trainer):
+            self._due = True
+        loop = trainer.fit_loop.epoch_loop
+        if self._due and not loop._num_ready_batches_reached() and not validation_follows(trainer):
+            self._save(trainer, "last", "batch")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the best checkpoint if this is it."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        score = float(trainer.callback_metrics[self.monitor])
+        better = math.isfinite(score) and (
+            self.best_score is None or (score > self.best_score if self.mode == "max" else score < self.best_score)
+        )
+        if better:
+            self.best_score = score
+            self._save(trainer, "best", "validated")
+        loop = trainer.fit_loop.epoch_loop
+        if self._due and not loop._num_ready_batches_reached() and not loop._should_accumulate():
+            self._save(trainer, "last", "validated")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last checkpoint; also of an epoch that ``max_steps`` cut short before its validation."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
-            return
-        self.last_model_path = self._save(trainer, "last.ckpt")
+        """Write the last checkpoint."""
+        position: Position = "epoch" if trainer.fit_loop.epoch_loop._num_ready_batches_reached() else "cut short"
+        self._save(trainer, "last", position)
         if not trainer.enable_validation:
-            self.best_model_path = self._save(trainer, "best.ckpt")
+            self._save(trainer, "best", position)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: the last epoch's end has saved, before callbacks could put other weights into the model."""
+        """Wait for the disk; the last epoch's end has saved, before callbacks could put in other weights."""
+        self.wait(trainer)
 
-    def _save(self, trainer: pl.Trainer, name: str) -> str:
-        assert self.dirpath is not None
-        path = str(Path(self.dirpath) / name)
-        self._save_checkpoint(trainer, path)
-        return path
+    def state_dict(self) -> dict[str, Any]:
+        """Return how good the best is."""
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember how good the best is."""
+        self.best_score = state_dict["best_score"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say from where a resumed fit goes on."""
+        mark_position(checkpoint, self._position)
+
+    def request(self) -> None:
+        """Have the last checkpoint written at the end of this step."""
+        self._due = True
+
+    def save_now(self, trainer: pl.Trainer, position: Position) -> None:
+        """Write the last checkpoint, before its time."""
+        self._save(trainer, "last", position)
+
+    def wait(self, trainer: pl.Trainer) -> None:
+        """Wait until all checkpoints are on the disk."""
+        if isinstance(io := trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
+            io.wait()
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            return True
+        if self.every_n_minutes is None:
+            return False
+        late = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return trainer.strategy.reduce_boolean_decision(late, all=False)
+
+    def _save(self, trainer: pl.Trainer, name: str, position: Position) -> None:
+        if self.folder is None:
+            return
+        self._position = position
+        trainer.save_checkpoint(self.folder / f"{name}.ckpt", weights_only=False)
+        if name == "last":
+            self._due, self._saved_at = False, time.monotonic()
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer validates after the batch that has just ended."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return trainer.enable_validation and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

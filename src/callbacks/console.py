@@ -57,6 +57,10 @@ class EpochLines(pl.Callback):
         self.curves = curves
         self._began = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of the epoch, also where a fit is resumed in the middle of one."""
+        self._began = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the epoch."""
         self._began = time.perf_counter()

@@ -72,13 +72,33 @@ class Curves(pl.Callback):
     ) -> None:
         """Keep what the step measured, and make a point of it when one is due."""
         measured = (outputs["summed"], outputs["correct"], batch.total)
-        self._interval.append(measured)
         self._epoch.append(measured)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set outside of __init__
+        if every:
+            self._interval.append(measured)
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            if every and self._step % every == 0:
+            if self._interval and self._step % every == 0:
                 self._add_point(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the sums in progress, over all ranks; all points until now reach the disk before the checkpoint does."""
+        self._write(trainer, wait=True)
+        for logger in trainer.loggers:
+            logger.save()
+        checkpoint["curves"] = {"interval": _pack(self._interval), "epoch": _pack(self._epoch), "latest": self.latest}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the sums in progress."""
+        state = checkpoint["curves"]
+        self.latest = state["latest"]
+        self._interval, self._epoch = (
+            _unpack(state[name], trainer.strategy.root_device, trainer.is_global_zero) for name in ("interval", "epoch")
+        )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of images/s."""
@@ -137,10 +157,28 @@ def _sums(measured: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, int]:
     """Return loss and hits summed over steps and ranks, ``[2]`` on the device, and the number of images."""
     losses, correct, totals = zip(*measured, strict=True)
     dtype = torch.float32 if losses[0].device.type == "mps" else torch.float64
-    sums = torch.stack([torch.stack(losses).to(dtype).sum(), torch.stack(correct).sum().to(dtype)])
+    sums = torch.stack([torch.stack(losses).to(dtype).sum(), torch.stack(correct).to(dtype).sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return sums, sum(totals)
+
+
+def _pack(measured: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
+    """Return what each step measured, summed over all ranks: ``sums`` float64 ``[steps, 2]`` and ``images``."""
+    if not measured:
+        return {"sums": torch.zeros((0, 2), dtype=torch.float64), "images": []}
+    losses, correct, totals = zip(*measured, strict=True)
+    dtype = torch.float32 if losses[0].device.type == "mps" else torch.float64
+    sums = torch.stack([torch.stack(losses).to(dtype), torch.stack(correct).to(dtype)], dim=1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return {"sums": sums.cpu(), "images": list(totals)}
+
+
+def _unpack(packed: dict[str, Any], device: torch.device, keep: bool) -> list[tuple[Tensor, Tensor, int]]:
+    """Undo `_pack`: one rank keeps the sums, the others begin with zeros."""
+    sums = (packed["sums"] if keep else torch.zeros_like(packed["sums"])).to(device)
+    return [(loss, correct, images) for (loss, correct), images in zip(sums, packed["images"], strict=True)]
 
 
 def _means(sums: Tensor, count: int) -> dict[str, float]:

@@ -1,44 +1,128 @@
-"""Keeps with a run what was asked for: config.yaml, the same in every checkpoint, and the hparams of TensorBoard."""
+"""A run's folder, and what is kept in it of what was asked for: config.yaml, and the hparams of TensorBoard."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from filelock import FileLock, Timeout
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from src.errors import Failure
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger with points on disk within a second, and without hparams.yaml: config.yaml says it all.
+    """TensorBoard's logger with points on disk within a second, in a folder that belongs to this process alone.
 
     Args:
-        root: The folder that holds ``lightning_logs``.
+        root: The folder that holds ``lightning_logs``; a new run takes the next free version there.
+        resumed: The folder of a run that goes on.
+        step: The step it goes on from: points beyond it, of a process that was killed, are taken from the curves.
     """
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, name="lightning_logs", default_hp_metric=False, flush_secs=1)
+    def __init__(self, root: Path, resumed: Path | None = None, step: int = 0) -> None:
+        if resumed is None:
+            super().__init__(root, name="lightning_logs", default_hp_metric=False, flush_secs=1)
+        else:
+            super().__init__(
+                resumed.parent, "", resumed.name, default_hp_metric=False, flush_secs=1, purge_step=step + 1
+            )
+        self._lock: FileLock | None = None
+
+    @property
+    def version(self) -> int | str:
+        """The run's version; until something is written, the one that is free now."""
+        return self._get_next_version() if self._version is None else self._version
+
+    @property
+    def experiment(self) -> SummaryWriter:
+        """TensorBoard's writer; to ask for it is to take the folder."""
+        if _get_rank() in (0, None) and self._lock is None:
+            self._take_folder()
+        writer: SummaryWriter = super().experiment
+        return writer
+
+    def _take_folder(self) -> None:
+        """Make or enter the folder, so that no other process can.
+
+        Raises:
+            Failure: If it cannot be written to, or another process trains the run that it holds.
+        """
+        folder = Path(self.log_dir)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            while self._version is None:
+                try:
+                    folder.mkdir()  # atomic: of two runs that start at once one gets the next version
+                    self._version = int(folder.name.removeprefix("version_"))
+                except FileExistsError:
+                    folder = folder.with_name(f"version_{int(folder.name.removeprefix('version_')) + 1}")
+            self._lock = FileLock(folder / ".lock")
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise Failure(
+                f"{folder}: another process is training this run; stop it first, or start a new one"
+            ) from error
+        except OSError as error:
+            raise Failure(
+                f"{folder} cannot be written to ({error.strerror}); name another place: --trainer.default_root_dir DIR"
+            ) from error
+
+    @rank_zero_only
+    def discard(self) -> None:
+        """Delete the folder of a run that could not begin."""
+        if self._lock is not None:
+            shutil.rmtree(self.log_dir, ignore_errors=True)
 
     @rank_zero_only
     def save(self) -> None:
         """Write to disk what was logged."""
         self.experiment.flush()
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the writer and leave the folder."""
+        if self._experiment is not None:
+            super().finalize(status)
+        if self._lock is not None:
+            self._lock.release()
+
 
 class RunRecord(SaveConfigCallback):
-    """Writes the whole config of a fit, so that ``fit --config RUN/config.yaml`` starts the same run again."""
+    """Writes the whole config of a fit, so that ``fit --config RUN/config.yaml`` starts the same run again.
+
+    A run that is resumed keeps its config.yaml; what has changed is in its journal.
+    """
+
+    _text = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write config.yaml; a run's folder belongs to its fit alone."""
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit" or not trainer.loggers:
+            return
+        path = Path(trainer.log_dir or "") / "config.yaml"  # asked for on all ranks: it is broadcast
+        if trainer.is_global_zero and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._config_text(), encoding="utf-8")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put the config, as YAML, into the checkpoint: it can be tested without naming a config."""
-        checkpoint["config"] = self.parser.dump(self.config, skip_unset=False, format="yaml")
+        checkpoint["config"] = self._config_text()
+
+    def _config_text(self) -> str:
+        if not self._text:  # it takes a tenth of a second
+            config = self.config.clone()
+            for key in ("ckpt_path", "new_run"):  # of the command, not of the run
+                config.pop(key, None)
+            self._text = self.parser.dump(config, skip_unset=False, format="yaml")
+        return self._text
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the hyper-parameters in TensorBoard; the last points of the curves stand beside them as results."""

@@ -18,6 +18,9 @@ from src.errors import Failure
 MAX_PIXELS = 50_000_000
 """A picture that claims more pixels than this (150 MB as RGB) is refused before it is decoded."""
 
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, if Pillow was built with it: pictures alone, none of the formats that Pillow runs Ghostscript for."""
+
 
 class ImageFiles:
     """Iterates over image files in batches; files that cannot be read are left out and named in `unreadable`.
@@ -67,7 +70,7 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         Failure: If a path is not there, or there is no file at all.
     """
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -95,10 +98,11 @@ def read_image(path: Path, size: int) -> Tensor:
     Raises:
         OSError: If the file cannot be read as an image, or claims more than `MAX_PIXELS` pixels.
     """
+    Image.init()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise OSError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
                 image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size

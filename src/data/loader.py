@@ -4,6 +4,7 @@ No worker processes, no pickling, no Python for each image.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -92,14 +93,19 @@ class ResidentLoader:
         self.num_classes = num_classes
         if shuffle:
             self.sampler = self
+        self.batch_size, self.start = batch_size, 0
         self.edges = batch_edges(len(ids), batch_size, world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
         self.epoch = epoch
 
+    def start_at(self, position: int) -> None:
+        """Let the next iteration, and only that, leave out what comes before a position of the epoch's order."""
+        self.start = position
+
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
+        """Return the number of batches in a whole epoch."""
         return len(self.edges) - 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -108,7 +114,9 @@ class ResidentLoader:
         order = epoch_order(self.ids, self.seed, self.epoch) if self.shuffle else self.ids
         order = order.to(device)
         draws = [a.draw(len(self.labels), self.seed, self.epoch).to(device) for a in self.augment]
-        for start, stop in zip(self.edges, self.edges[1:], strict=False):
+        first, self.start = self.start, 0
+        edges = batch_edges(len(self.ids), self.batch_size, self.world_size, first) if first else self.edges
+        for start, stop in pairwise(edges):
             ids = order[rank_slice(start, stop, self.rank, self.world_size)]
             pixels, labels = self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
             for augmentation, draw in zip(self.augment, draws, strict=True):

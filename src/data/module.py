@@ -3,6 +3,7 @@
 To add a data set, subclass `ImageData`, say its classes, mean and std, and load its pixels; see `src/data/cifar10.py`.
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ class ImageData(pl.LightningDataModule):
         self.augment, self.mix = augment or [], mix
         self.images = images
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._fingerprint = ""
 
     @property
     def num_classes(self) -> int:
@@ -139,6 +141,16 @@ class ImageData(pl.LightningDataModule):
             wanted = max(1, round(self.train_fraction * len(train)))
             train = train[stratified_split(labels[train], wanted, self.split_seed, "train")[0]]
         return train, val
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the images and labels that training and validation draw from."""
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for tensor in self._part("train"):
+                digest.update(tensor.cpu().contiguous().numpy().data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def train_dataloader(self) -> ResidentLoader:
         """Return the loader of the training images, in a new order each epoch."""

@@ -41,8 +41,8 @@ def epoch_order(ids: Tensor, seed: int, epoch: int) -> Tensor:
     return ids[torch.randperm(len(ids), generator=generator(seed, "order", epoch))]
 
 
-def batch_edges(count: int, batch_size: int, world_size: int = 1) -> list[int]:
-    """Cut an epoch into batches: batch k holds the positions ``edges[k]`` up to ``edges[k + 1]``.
+def batch_edges(count: int, batch_size: int, world_size: int = 1, start: int = 0) -> list[int]:
+    """Cut an epoch, or what is left of it, into batches: batch k holds the positions ``edges[k]`` to ``edges[k + 1]``.
 
     The last batch is the shorter rest. Should it not give every rank an image, it is joined to the
     batch before it, so that no rank ever meets an empty batch and no image is left out.
@@ -51,8 +51,9 @@ def batch_edges(count: int, batch_size: int, world_size: int = 1) -> list[int]:
         count: Images in the epoch, at least `world_size`.
         batch_size: Images in a batch, over all ranks together.
         world_size: The number of ranks.
+        start: The first position: all before it have been drawn.
     """
-    edges = [*range(0, count, batch_size), count]
+    edges = [*range(start, count, batch_size), count]
     if len(edges) > 2 and edges[-1] - edges[-2] < world_size:
         del edges[-2]
     return edges

@@ -37,8 +37,8 @@ class Shapes10(ImageData):
     ) -> None:
         super().__init__(val_size=val_size, **kwargs)
         for name, value in (("train_images", train_images), ("test_images", test_images)):
-            if value < 10:
-                raise ValueError(f"{name}: {value} is out of range: at least 10 images")
+            if not 10 <= value <= 10_000_000:
+                raise ValueError(f"{name}: {value} is out of range: at least 10 images, at most 10 million")
         self.counts = {"train": train_images, "test": test_images}
         self.render_seed = render_seed
 

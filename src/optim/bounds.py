@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch.optim import Optimizer
 
+_LARGEST = 3.4e38  # of float32
+
 
 class Bound(NamedTuple):
     """A range that includes its lower end and not its upper one."""
@@ -16,7 +18,7 @@ class Bound(NamedTuple):
 
     def __str__(self) -> str:
         """Say the range as a person would."""
-        return f"at least {self.low:g}" + ("" if self.high == math.inf else f", below {self.high:g}")
+        return f"at least {self.low:g}" + ("" if self.high >= _LARGEST else f", below {self.high:g}")
 
     def holds(self, value: object) -> bool:
         """Return whether a number, or each of several, lies in the range; NaN and infinity never do."""
@@ -26,10 +28,10 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "lr": Bound(0, math.inf),
+    "lr": Bound(0, _LARGEST),
     "momentum": Bound(0, 1),
     "dampening": Bound(0, 1),
-    "weight_decay": Bound(0, math.inf),
+    "weight_decay": Bound(0, _LARGEST),
     "betas": Bound(0, 1),
     "eps": Bound(0, math.inf),
     "alpha": Bound(0, 1),

@@ -1,6 +1,9 @@
 """Behaviour of src/data/images.py: pictures of any size and mode are read, anything else is an OSError."""
 
+import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -13,6 +16,7 @@ from PIL import Image
 from src.data.images import ImageFiles, list_images, read_image
 from src.data.loader import Normalize
 from src.errors import Failure
+from tests.conftest import REPOSITORY
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -139,6 +143,55 @@ def test_a_picture_that_claims_too_many_pixels_is_refused_before_it_is_decoded(
     with pytest.raises(OSError, match=r"more than 50,000,000"):
         read_image(path, 32)
     assert time.process_time() - start < 1
+
+
+def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_that_claims(50_000, 50_000))
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from src.data.images import read_image
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            read_image(Path("bomb.png"), 32)
+        except OSError as error:
+            print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    reason, growth = done.stdout.splitlines()
+    assert reason == "it claims more than 50,000,000 pixels"
+    assert int(growth) < 200_000  # kilobytes; its pixels would take 7.5 GB
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
+
+
+@pytest.mark.parametrize("suffix", ["png", "eps", "pdf"])
+@pytest.mark.parametrize("content", [EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<7I", 32, len(EPS), *[0] * 5) + EPS, PDF])
+def test_what_is_for_a_printer_is_refused_and_ghostscript_is_not_run(
+    tmp_path: Path, suffix: str, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/marker\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it would remember that there was none
+    path = tmp_path / f"picture.{suffix}"
+    path.write_bytes(content)
+    if content == EPS:
+        with Image.open(path) as image, pytest.raises(OSError):
+            image.load()
+        (tmp_path / "marker").unlink()  # left to itself Pillow runs it
+    with pytest.raises(OSError, match=r"^it is not an image that can be read$"):
+        read_image(path, 32)
+    assert not (tmp_path / "marker").exists()
+    if suffix != "png":
+        with pytest.raises(Failure, match="no image in"):
+            list_images([tmp_path])
 
 
 def noise() -> Image.Image:

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from src.data import Batch, MixUp, RandomCrop, RandomFlip, ResidentLoader
+from src.data.loader import Normalize
 from src.data.order import batch_edges, derive_seed, epoch_order, generator, rank_slice, stratified_split
 
 seeds = st.integers(0, 2**32 - 1)
@@ -81,6 +83,116 @@ def test_a_rest_too_small_for_the_ranks_joins_the_batch_before_it() -> None:
     assert batch_edges(26, 8, world_size=2) == [0, 8, 16, 24, 26]
     assert batch_edges(3, 8, world_size=2) == [0, 3]
     assert batch_edges(0, 8) == [0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_is_left_of_an_epoch_is_cut_where_the_whole_epoch_is(data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, 9), "world_size")
+    batch_size = data.draw(st.integers(world_size, 70), "batch_size")
+    count = data.draw(st.integers(world_size, 300), "count")
+    edges = batch_edges(count, batch_size, world_size)
+    k = data.draw(st.integers(0, len(edges) - 1), "k")
+    assert batch_edges(count, batch_size, world_size, edges[k]) == edges[k:]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_is_left_of_an_epoch_can_be_cut_into_other_batches_that_cover_just_that(data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, 9), "world_size")
+    batch_size = data.draw(st.integers(world_size, 70), "batch_size")
+    count = data.draw(st.integers(world_size, 300), "count")
+    start = data.draw(st.integers(0, count), "start")
+    edges = batch_edges(count, batch_size, world_size, start)
+    assert (edges[0], edges[-1]) == (start, count)
+    sizes = [stop - begin for begin, stop in pairwise(edges)]
+    assert all(size == batch_size for size in sizes[:-1])
+    assert all(size >= min(world_size, count - start) for size in sizes), "no rank is left out but for want of images"
+
+
+@st.composite
+def loaders(draw: st.DrawFn) -> list[ResidentLoader]:
+    """One loader for each of 1 to 4 ranks, over a split of a small data set, with all that is random."""
+    world_size = draw(st.integers(1, 4))
+    batch_size = draw(st.integers(world_size, 20))
+    ids = torch.tensor(sorted(draw(st.sets(st.integers(0, 59), min_size=world_size, max_size=60))))
+    seed = draw(seeds)
+    pixels = torch.arange(60 * 6 * 6 * 3).mul(37).remainder(256).to(torch.uint8).view(60, 6, 6, 3)
+    normalize = Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.device("cpu"))
+    return [
+        ResidentLoader(
+            pixels,
+            torch.arange(60) % 10,
+            ids,
+            batch_size,
+            normalize,
+            seed=seed,
+            shuffle=True,
+            augment=[RandomCrop(2), RandomFlip()],
+            mix=MixUp(),
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def batches(loader: ResidentLoader, epoch: int) -> list[Batch]:
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def assert_same_batches(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.total == b.total
+        for x, y in zip(a[:3], b[:3], strict=True):
+            assert torch.equal(x, y)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ranks=loaders(), accumulated=st.integers(1, 5), epoch=epochs)
+def test_the_steps_of_all_ranks_take_every_image_once_an_epoch(
+    ranks: list[ResidentLoader], accumulated: int, epoch: int
+) -> None:
+    drawn = [batches(loader, epoch) for loader in ranks]
+    assert {len(share) for share in drawn} == {len(ranks[0])}, "no rank waits for a batch of another"
+    steps = [
+        [int(id) for share in drawn for batch in share[first : first + accumulated] for id in batch.ids]
+        for first in range(0, len(ranks[0]), accumulated)
+    ]
+    totals = [
+        sum(b.total for b in drawn[0][first : first + accumulated]) for first in range(0, len(ranks[0]), accumulated)
+    ]
+    assert [len(step) for step in steps] == totals
+    assert sorted(id for step in steps for id in step) == ranks[0].ids.tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(ranks=loaders(), epoch=epochs, hidden=seeds)
+def test_an_epoch_does_not_depend_on_what_was_drawn_before_it(
+    ranks: list[ResidentLoader], epoch: int, hidden: int
+) -> None:
+    first = batches(ranks[0], epoch)
+    batches(ranks[0], epoch + 1)
+    ranks[0].set_epoch(epoch + 2)
+    next(iter(ranks[0]))
+    torch.manual_seed(hidden)
+    assert_same_batches(batches(ranks[0], epoch), first)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ranks=loaders(), epoch=epochs, data=st.data())
+def test_an_epoch_that_is_begun_at_a_later_batch_is_the_rest_of_the_whole_one(
+    ranks: list[ResidentLoader], epoch: int, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(0, len(ranks[0])), "k")
+    for loader in ranks:
+        whole, following = batches(loader, epoch), batches(loader, epoch + 1)
+        loader.start_at(loader.edges[k])
+        assert_same_batches(batches(loader, epoch), whole[k:])
+        assert_same_batches(batches(loader, epoch + 1), following)
+        assert len(loader) == len(whole), "an epoch has as many batches as ever"
 
 
 def test_derived_seeds_stay_what_they_have_always_been() -> None:

@@ -1,0 +1,73 @@
+"""Out of memory: says which batch size would have fitted."""
+
+import traceback
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from src.classifier import ImageClassifier
+from src.data.loader import Batch
+
+
+class Memory(pl.Callback):
+    """When a step does not fit into memory, tries smaller ones and adds to the error what does."""
+
+    def __init__(self) -> None:
+        self._batch: tuple[tuple[int, ...], int] | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Remember how large the batch is."""
+        if self._batch is None:
+            self._batch = tuple(batch.images.shape), batch.total
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Try halves of the batch, forward and backward."""
+        if not is_out_of_memory(exception) or trainer.world_size > 1:
+            return
+        if trainer.validating or trainer.sanity_checking:
+            size = trainer.datamodule.eval_batch_size  # type: ignore[attr-defined] # set outside of __init__
+            exception.add_note(f"with data.eval_batch_size {size} in validation; try a smaller one")
+            return
+        if self._batch is None:
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        traceback.clear_frames(exception.__traceback__)  # they hold what does not fit
+        (size, *shape), total = self._batch
+        trainer.optimizers[0].zero_grad(set_to_none=True)
+        while size > 1:
+            size //= 2
+            try:
+                _step(trainer, pl_module, (size, *shape))
+            except RuntimeError as error:  # libraries below torch have words of their own for it
+                traceback.clear_frames(error.__traceback__)
+                continue
+            times = -(-total // size)
+            exception.add_note(
+                f"with data.batch_size {total}; {size} fits: --data.batch_size {size} "
+                f"--trainer.accumulate_grad_batches {times} takes the same steps"
+            )
+            return
+        exception.add_note(f"with data.batch_size {total}, and with a single image too: the network is too large")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory, of a GPU or of this machine, is used up."""
+    said = ("can't allocate memory", "could not create a primitive")  # by torch, by oneDNN
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
+def _step(trainer: pl.Trainer, module: ImageClassifier, shape: tuple[int, ...]) -> Any:
+    if module.device.type == "cuda":
+        torch.cuda.empty_cache()
+    ballast = [torch.zeros_like(p) for p in module.parameters() for _ in range(4)]  # optimizer and checkpoint
+    images = torch.zeros(shape, device=module.device).to(memory_format=torch.channels_last)
+    with trainer.precision_plugin.forward_context():
+        loss = module(images).float().sum()
+    loss.backward()
+    module.zero_grad(set_to_none=True)
+    del ballast

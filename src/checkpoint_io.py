@@ -1,0 +1,348 @@
+"""Checkpoint files that can be trusted: each is there whole or not at all, and is verified before it is used.
+
+    python -m src fit --ckpt_path last
+
+A checkpoint is one file in torch's own format, so ``torch.load`` reads it; the comment at the end of that ZIP archive
+holds a manifest in JSON: format, epoch, step, and the SHA-256 of all bytes before it.
+"""
+
+import hashlib
+import importlib
+import io
+import os
+import re
+import struct
+import zipfile
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from src.arguments import check_nesting
+from src.errors import Failure, UsageError
+
+FORMAT = 1
+"""What a checkpoint of this version of the project holds; raised whenever an older one cannot be gone on with."""
+
+TRUSTED = ("src.", "torch.optim.", "lightning.pytorch.")
+"""Classes that a checkpoint may name by itself; others must be named by the user, in a config or as an argument."""
+
+_MANIFEST = re.compile(
+    rb'\{"format": (\d{1,9}), "epoch": (\d{1,18}), "step": (\d{1,18}), "sha256": "([0-9a-f]{64})"\}\Z'
+)
+_LONGEST = 200  # bytes of the manifest at most
+_PLAIN = {str, int, float, bool, type(None), torch.Size, torch.dtype, torch.device, Tensor, torch.nn.Parameter}
+_CONTAINERS = {dict, OrderedDict, list, tuple}
+
+
+class Manifest(NamedTuple):
+    """What the end of a checkpoint says of it."""
+
+    format: int
+    epoch: int
+    step: int
+    sha256: str
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's seam: how the Trainer writes and reads checkpoints.
+
+    What is saved is fixed before `save_checkpoint` returns; the disk is waited for on a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: deque[Future[None]] = deque()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Begin to write a checkpoint; a failure is raised by `wait`, or here when two more have been begun."""
+        content = serialize(checkpoint, Path(path))
+        self.wait(leave=1)
+        self._pending.append(self._writer.submit(commit, content, Path(path)))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; see `read`. Nothing but plain values and tensors is ever unpickled."""
+        self.wait()
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        self.wait()
+        Path(path).unlink(missing_ok=True)
+
+    def wait(self, leave: int = 0) -> None:
+        """Wait until at most `leave` checkpoints are still being written.
+
+        Raises:
+            Failure: If one could not be written.
+        """
+        while len(self._pending) > leave:
+            self._pending.popleft().result()
+
+    def teardown(self) -> None:
+        """Wait until all is written."""
+        self.wait()
+
+
+def serialize(checkpoint: dict[str, Any], path: Path) -> bytearray:
+    """Return the bytes of a checkpoint, manifest and all.
+
+    Raises:
+        Failure: If it holds more than plain values and tensors, or memory is used up.
+    """
+    for key, value in leaves(checkpoint):
+        if type(value) not in _PLAIN:
+            raise Failure(
+                f"{path} cannot keep {key.replace('/', '.')}, a {type(value).__name__}: "
+                f"a checkpoint holds plain values and tensors only"
+            )
+    buffer = io.BytesIO()
+    try:
+        torch.save(checkpoint, buffer)
+        content = bytearray(buffer.getbuffer())
+    except (MemoryError, RuntimeError) as error:
+        raise Failure(f"{path} could not be written: out of memory") from error
+    head = f'{{"format": {FORMAT}, "epoch": {checkpoint["epoch"]}, "step": {checkpoint["global_step"]}, "sha256": "'
+    assert content[-2:] == b"\0\0", "torch writes archives without a comment"
+    content[-2:] = struct.pack("<H", len(head) + 64 + 2)
+    content += head.encode()
+    content += f'{hashlib.sha256(content).hexdigest()}"}}'.encode()
+    return content
+
+
+def commit(content: bytes | bytearray, path: Path) -> None:
+    """Write a file beside its target, bring it to the disk, and only then put it in place of the old one.
+
+    Whenever the process or the machine dies, `path` is the old file or the new one, whole.
+
+    Raises:
+        Failure: If it cannot be written; the old one is still there.
+    """
+    partial = path.with_name(f".{path.name}.partial")  # one name: what a killed process leaves is overwritten
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        kept = f"; the one of step {manifest(path).step} is still there" if path.is_file() else ""
+        raise Failure(f"{path} could not be written ({error.strerror}){kept}") from error
+
+
+def manifest(path: Path) -> Manifest:
+    """Return what a checkpoint says of itself, without verifying it.
+
+    Raises:
+        Failure: If it says nothing: it is cut short, or not a checkpoint of this project.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _LONGEST))
+            found = _MANIFEST.search(file.read())
+    except OSError as error:
+        raise Failure(f"{path} cannot be read ({error.strerror})") from error
+    if found is None:
+        raise Failure(
+            f"{path} is damaged or cut short, or is not a checkpoint of this project: no manifest is at its end"
+        )
+    return Manifest(int(found[1]), int(found[2]), int(found[3]), found[4].decode())
+
+
+def verify(path: Path) -> bytes:
+    """Return the bytes of a checkpoint that is whole.
+
+    Raises:
+        Failure: If it is not, or is of a format that this version does not read.
+    """
+    found = manifest(path)
+    if found.format != FORMAT:
+        raise Failure(f"{path} has format {found.format}; this version of the project reads format {FORMAT}")
+    content = path.read_bytes()
+    if hashlib.sha256(memoryview(content)[: -64 - 2]).hexdigest() != found.sha256:
+        raise Failure(f"{path} is damaged: its bytes are not those that were written (SHA-256 differs)")
+    return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a checkpoint, after all its bytes were verified; those very bytes are parsed, and nothing is executed.
+
+    Raises:
+        Failure: If it is damaged, hostile, or not of this project. Another whole checkpoint of the run is named.
+    """
+    if "://" in str(path):
+        raise UsageError(f"ckpt_path: {path} is a URL; download it first: checkpoints are read from files alone")
+    try:
+        content = verify(path)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise Failure(f"{path} is not a checkpoint: torch does not compress, and this is")
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Failure as failure:
+        raise Failure(f"{failure}{_offer(path)}") from failure
+    except OSError as error:
+        raise Failure(f"{path} cannot be read ({error.strerror})") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise Failure(f"{path} cannot be read as a checkpoint: it is damaged{_offer(path)}") from error
+    except Exception as error:  # the unpickler's own error class is private
+        raise Failure(f"{path} is not a checkpoint of plain values and tensors; nothing in it was run") from error
+    _check_content(path, checkpoint)
+    return checkpoint  # type: ignore[no-any-return] # checked
+
+
+def stored_config(path: Path, checkpoint: dict[str, Any], named_by_user: str) -> dict[str, Any]:
+    """Return the config that a checkpoint carries.
+
+    Args:
+        path: The file, for errors.
+        checkpoint: What `read` returned of it.
+        named_by_user: Text of the user's own configs and command line: classes named there are trusted.
+
+    Raises:
+        Failure: If there is no config, or it names a class that is not trusted.
+    """
+    try:
+        config = yaml.safe_load(checkpoint["config"])
+        if not isinstance(config, dict):
+            raise TypeError("config")
+        check_nesting(config, str(path))
+    except (TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise Failure(f"{path} is not a checkpoint of this project: it carries no config") from error
+    words = set(re.findall(r"[\w.]+", named_by_user))
+    for key, value in leaves(config):
+        named = isinstance(value, str) and (value in words or ("/" in value and value in named_by_user))
+        if not named and (reason := _distrust(key, value)):
+            raise Failure(
+                f"{path} asks for {value} as {key.replace('/', '.')}, {reason}; "
+                f"if you trust it, name it in a --config of your own"
+            )
+    for key in ("model", "data", "trainer"):
+        if not isinstance(config.get(key, {}), dict):
+            raise Failure(f"{path} is not a checkpoint of this project: its config has no section {key}")
+    return config
+
+
+def _distrust(key: str, value: Any) -> str | None:
+    """Return why a value in the config of a checkpoint could run code of a stranger; none if it cannot.
+
+    The parser imports what is named where a class or a function is due, and reads a file that is named instead of it.
+    """
+    if not re.fullmatch(r"\w+(/\w+)*", key):
+        return "a key that no config of this project has"
+    name = next(part for part in reversed(key.split("/")) if not part.isdigit())
+    if not isinstance(value, str | int | float | bool | None):
+        return "which is not a plain value"
+    if not isinstance(value, str) or name in _PATH_KEYS:
+        return None
+    if name == "class_path" or re.fullmatch(r"\s*[^\W\d]\w*(\.\w+)+\s*", value):
+        return None if name == "class_path" and _is_own_class(value) else "which is not a class of this project"
+    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        if isinstance(yaml.safe_load(value), (dict, list)):
+            return "which is a config inside a text"
+        if Path(value).is_file():
+            return "which is a file where none is due"
+    return None
+
+
+def _is_own_class(name: str) -> bool:
+    """Return whether an import path leads to a class that was defined in a trusted package."""
+    if not name.startswith(TRUSTED):
+        return False
+    module, parts = name.split(".")[0], name.split(".")[1:]
+    found: Any = importlib.import_module(module)
+    for part in parts:
+        module = f"{module}.{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                return False
+        found = getattr(found, part)
+    return isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED)
+
+
+_PATH_KEYS = {"weights", "root", "default_root_dir", "images", "ckpt_path"}
+_CLASS_KEYS = {
+    *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "augment", "mix"),
+    *("callbacks", "logger", "plugins", "strategy", "profiler", "accelerator", "checkpoint"),
+}
+
+
+def class_paths(config: Any, key: str = "") -> Iterator[str]:
+    """Yield every class that a config names, by ``class_path`` or, where a class is due, by its bare import path."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from class_paths(value, name)
+    elif isinstance(config, list):
+        for value in config:
+            yield from class_paths(value, key)
+    elif key in ("class_path", "_class_path", "_instantiator") or (
+        key in _CLASS_KEYS and isinstance(config, str) and "." in config
+    ):
+        yield str(config)
+
+
+def _check_content(path: Path, checkpoint: Any) -> None:
+    """Refuse what is not of this project, and what Lightning would import a class for."""
+    version = "pytorch-lightning_version"
+    parts = {"state_dict": dict, "config": str, "loops": dict, "epoch": int, "global_step": int, version: str}
+    if (
+        not isinstance(checkpoint, dict)
+        or not all(isinstance(checkpoint.get(k), t) for k, t in parts.items())
+        or not re.fullmatch(r"2(\.\d{1,4}){1,3}[\w.+]{0,40}", checkpoint[version])
+    ):
+        raise Failure(f"{path} is not a checkpoint of this project: it carries no config, weights and step")
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        stored = checkpoint.get(key, {})
+        if not isinstance(stored, dict):
+            raise Failure(f"{path} is not a checkpoint of this project: its {key} are none")
+        for name in class_paths({k: v for k, v in stored.items() if k in ("_class_path", "_instantiator")}):
+            if not name.startswith(TRUSTED):
+                raise Failure(f"{path} asks for {name}, which is not of this project; nothing in it was run")
+
+
+def _offer(path: Path) -> str:
+    """Name the newest whole checkpoint beside a damaged one: to fall back on it is the user's choice."""
+    whole: list[tuple[int, Path]] = []
+    for other in path.parent.glob("*.ckpt"):
+        with suppress(Failure, OSError):
+            if other != path:
+                verify(other)
+                whole.append((manifest(other).step, other))
+    if not whole:
+        return ""
+    step, other = max(whole)
+    return f"; the newest whole one beside it is of step {step}: --ckpt_path {other}"
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is in nested dicts and lists, by its path: ``model/optimizer/class_path``."""
+    if type(value) not in _CONTAINERS:
+        yield key, value
+        return
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if type(name) not in (str, int, float, bool, type(None)):
+            yield f"{key}/{name}", name
+        yield from leaves(item, f"{key}/{name}" if key else str(name))
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
