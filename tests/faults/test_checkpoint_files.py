@@ -1,0 +1,599 @@
+"""Checkpoints meet kills, damage, full disks and strangers: a whole one is always there, and nothing else is read."""
+
+import copy
+import enum
+import os
+import resource
+import signal
+import subprocess
+import tempfile
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from src import checkpoint_io
+from src.checkpoint_io import commit, manifest, read, serialize
+from src.cli import main
+from src.errors import Failure
+from tests.faults.breakers import SMALL, Child, refused
+
+FIT = [argument for argument in SMALL if "Weak" not in argument]  # with the CNN, whose class a checkpoint may name
+OLD, NEW = 7, 8
+END = 250  # the manifest and what is before it
+
+
+def tiny(step: int, size: int = 30) -> dict[str, Any]:
+    weights = {"weight": torch.full((size,), float(step)), "count": torch.tensor(step)}
+    made = {"pytorch-lightning_version": "2.6.6", "loops": {}, "epoch": 1, "global_step": step}
+    return {"state_dict": weights, "config": "model: {}", **made}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a fit: ``last.ckpt`` of step 8, ``best.ckpt`` of step 4 or 8."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert Child(main, ["fit", *FIT], cwd=folder).wait().status == 0
+    return folder / "lightning_logs/version_0/checkpoints"
+
+
+def checkpoints(trained: Path, folder: Path) -> Path:
+    """Copy the run of `trained` to a folder; return where its checkpoints are."""
+    copied = folder / "lightning_logs/version_0/checkpoints"
+    copied.mkdir(parents=True)
+    for path in trained.glob("*.ckpt"):
+        (copied / path.name).write_bytes(path.read_bytes())
+    (copied.parent / "config.yaml").write_bytes((trained.parent / "config.yaml").read_bytes())
+    return copied
+
+
+def replace_and_die(path: Path, stage: str) -> None:
+    """Write the new checkpoint over the old one, and be killed at a stage of it."""
+    content = serialize(tiny(NEW, size=100_000), path)
+    done: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            if " ".join(done) == stage:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(os, name, call)
+
+    if stage.startswith("write"):  # the kernel kills whoever writes beyond the limit; Python has asked it not to
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) * int(stage.split()[1]) // 100, resource.RLIM_INFINITY))
+    watch("fsync")
+    watch("replace")
+    commit(content, path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept", "share"),
+    [
+        ("write 0 %", OLD, 0.0),
+        ("write 50 %", OLD, 0.5),
+        ("fsync", OLD, 1.0),
+        ("fsync replace", OLD, 1.0),
+        ("fsync replace fsync", NEW, None),
+    ],
+)
+def test_whenever_a_process_is_killed_a_whole_checkpoint_is_there(
+    tmp_path: Path, stage: str, kept: int, share: float | None
+) -> None:
+    path, partial = tmp_path / "run/last.ckpt", tmp_path / "run/.last.ckpt.partial"
+    commit(serialize(tiny(OLD, size=100_000), path), path)
+    done = Child(replace_and_die, path, stage, cwd=tmp_path).wait()
+    assert done.status == -(signal.SIGXFSZ if stage.startswith("write") else signal.SIGKILL), done
+    size = len(serialize(tiny(NEW, size=100_000), path))
+    assert (partial.stat().st_size if partial.exists() else None) == (None if share is None else int(share * size))
+    found = read(path)
+    assert found["global_step"] == kept
+    assert found["state_dict"]["weight"].tolist() == [float(kept)] * 100_000
+    commit(serialize(tiny(9), path), path)
+    assert read(path)["global_step"] == 9
+    assert list(path.parent.iterdir()) == [path], "something was left behind"
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm", "nowhere"])
+def test_the_folder_for_temporary_files_has_no_influence(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if folder == "nowhere":
+        folder = str(tmp_path / folder)
+    elif not Path(folder).is_dir() or os.stat(folder).st_dev == tmp_path.stat().st_dev:  # noqa: PTH116
+        pytest.skip(f"{folder} is not another file system")
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for step in (OLD, NEW):
+        commit(serialize(tiny(step), tmp_path / "last.ckpt"), tmp_path / "last.ckpt")
+    assert read(tmp_path / "last.ckpt")["global_step"] == NEW
+    run = tmp_path / "run"
+    run.mkdir()
+    assert Child(main, ["fit", *FIT, "--trainer.max_steps=2"], cwd=run, TMPDIR=folder).wait().status == 0
+    assert read(run / "lightning_logs/version_0/checkpoints/last.ckpt")["global_step"] == 2
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, bytes]:
+    """A checkpoint, and beside it another one, which is whole."""
+    path = tmp_path / "last.ckpt"
+    for step, name in ((OLD, "best.ckpt"), (NEW, "last.ckpt")):
+        commit(serialize(tiny(step), tmp_path / name), tmp_path / name)
+    return path, path.read_bytes()
+
+
+def assert_refused(path: Path) -> str:
+    with pytest.raises(Failure) as failure:
+        read(path)
+    line = str(failure.value)
+    assert line.startswith(f"{path} ")
+    assert line.endswith(f"the newest whole one beside it is of step {OLD}: --ckpt_path {path.with_name('best.ckpt')}")
+    return line
+
+
+def test_a_checkpoint_cut_short_at_any_length_is_refused(pair: tuple[Path, bytes]) -> None:
+    path, whole = pair
+    for length in [*range(0, len(whole), 9), *range(len(whole) - END, len(whole))]:
+        path.write_bytes(whole[:length])
+        assert "is damaged or cut short" in assert_refused(path)
+    path.write_bytes(whole)
+    assert read(path)["global_step"] == NEW
+
+
+def test_a_checkpoint_with_any_byte_altered_is_refused(pair: tuple[Path, bytes]) -> None:
+    path, whole = pair
+    for place in [*range(0, len(whole), 3), *range(len(whole) - END, len(whole))]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert_refused(path)
+    for altered in (whole + b"\0", b"\0" + whole, whole + whole):
+        path.write_bytes(altered)
+        assert_refused(path)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_in(find: Callable[[bytes], int]) -> Callable[[bytes], bytes]:
+    def flip(content: bytes) -> bytes:
+        place = find(content)
+        return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+    return flip
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": cut,
+    "a bit of a tensor": flip_in(lambda content: len(content) // 2),
+    "a bit of the directory": flip_in(lambda content: content.rindex(b"PK\x01\x02") + 20),
+    "a bit of the manifest": flip_in(lambda content: content.rindex(b'"step"') + 8),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_damaged_checkpoint_is_refused_and_the_whole_one_is_offered_not_taken(
+    trained: Path, tmp_path: Path, damage: str, command: str
+) -> None:
+    folder = checkpoints(trained, tmp_path)
+    last, best = folder / "last.ckpt", folder / "best.ckpt"
+    last.write_bytes(DAMAGES[damage](last.read_bytes()))
+    before = sorted(tmp_path.rglob("*"))
+    # Its newest file is what `last` means, whatever state it is in.
+    done = Child(main, [command, "--ckpt_path", "last" if command == "fit" else str(last)], cwd=tmp_path).wait()
+    line = refused(done)
+    assert "last.ckpt is damaged" in line
+    assert f"is of step {manifest(best).step}: --ckpt_path" in line
+    assert (tmp_path / line.split("--ckpt_path ")[1]).samefile(best)
+    assert done.out == "", "it began"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for one and a half checkpoints of the CNN."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=11m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small file system cannot be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_fit_and_leaves_the_checkpoint_that_was_there(small_disk: Path) -> None:
+    done = Child(main, ["fit", *FIT, "--data.val_size=0", "--checkpoint.every_n_steps=2"], cwd=small_disk).wait()
+    line = refused(done)
+    last = small_disk / "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert "last.ckpt could not be written (No space left on device); the one of step 2 is still there" in line
+    assert read(last)["global_step"] == 2
+    assert list(last.parent.iterdir()) == [last]
+    resumed = ["fit", f"--ckpt_path={last}", "--trainer.default_root_dir=.", "--trainer.max_epochs=1"]
+    assert Child(main, resumed, cwd=small_disk.parent).wait().status == 0
+
+
+class Filler(pl.Callback):
+    """Fills the disk after a number of steps, to the last byte."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            with Path("filled").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                while file.write(b"\0" * 4096) == 4096:
+                    pass
+                file.write(b"\0")
+
+
+def test_a_disk_on_which_nothing_can_be_written_any_more_ends_the_fit_in_one_line(small_disk: Path) -> None:
+    filler = "{class_path: tests.faults.test_checkpoint_files.Filler, init_args: {step: 6}}"
+    done = Child(
+        main,
+        ["fit", *FIT, "--data.val_size=0", "--checkpoint.every_n_steps=6", "--trainer.callbacks+", filler],
+        cwd=small_disk,
+    ).wait()
+    assert "No space left on device" in refused(done)
+    assert (small_disk / "filled").exists()
+    assert read(small_disk / "lightning_logs/version_0/checkpoints/last.ckpt")["global_step"] == 6
+
+
+def fit_with_small_files(arguments: list[str], limit: int) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return main(arguments)
+
+
+def test_a_file_that_may_not_be_so_large_ends_the_fit_in_one_line(tmp_path: Path) -> None:
+    done = Child(fit_with_small_files, ["fit", *FIT], 3_000_000, cwd=tmp_path).wait()
+    assert ".ckpt could not be written (File too large)" in refused(done)
+    assert list((tmp_path / "lightning_logs/version_0/checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_of_another_format_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "future.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io, "FORMAT", 99)
+        commit(serialize(tiny(OLD), path), path)
+    line = f"{path} has format 99; this version of the project reads format {checkpoint_io.FORMAT}"
+    assert refused(Child(main, ["test", f"--ckpt_path={path}"], cwd=tmp_path).wait()) == line
+
+
+class Gadget:
+    """What makes an unpickler that trusts its input make a folder."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:  # noqa: D105
+        return os.mkdir, ("marker",)
+
+
+class Pair(NamedTuple):
+    """A tuple of a class of its own."""
+
+    left: int
+    right: int
+
+
+class Colour(enum.Enum):
+    """Something that is not plain."""
+
+    RED = 1
+
+
+class Odd(Tensor):
+    """A tensor of a class that a plain unpickler does not know."""
+
+
+def hostile(trained: Path, path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a checkpoint with some keys changed, and a manifest that is right."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io, "leaves", lambda *_: iter(()))  # an attacker's version would not look
+        commit(serialize(read(trained / "last.ckpt") | change, path), path)
+
+
+def refused_without_running(folder: Path, command: str = "test", name: str = "bad.ckpt") -> str:
+    """Run a command on a hostile checkpoint; return the line with which it was refused."""
+    (folder / "evil.py").write_text(
+        "open('marker', 'w').close()\n"
+        "from src.networks import CNN\n"
+        "def function(*args, **kwargs): return 1.0\n"
+        "class Net(CNN): pass\n"
+    )
+    done = Child(main, [command, "--ckpt_path", name], cwd=folder).wait()
+    assert not (folder / "marker").exists(), f"code from the checkpoint was run: {done}"
+    line = refused(done)
+    assert name in line
+    assert done.out == "", "it began"
+    return line
+
+
+@pytest.mark.parametrize("place", ["config", "state_dict", "extra"])
+def test_a_pickle_that_would_run_code_runs_none(
+    trained: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(trained, tmp_path / "bad.ckpt", {place: Gadget()}, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    torch.load("bad.ckpt", weights_only=False)
+    Path("marker").rmdir()  # it is loaded: an unpickler that trusts it runs it
+    assert "nothing in it was run" in refused_without_running(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["_class_path", "_instantiator"])
+@pytest.mark.parametrize("place", ["hyper_parameters", "datamodule_hyper_parameters"])
+def test_hyper_parameters_that_name_what_to_import_are_refused(
+    trained: Path, tmp_path: Path, place: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(trained, tmp_path / "bad.ckpt", {place: {key: "evil.function"}}, monkeypatch)
+    assert "asks for evil.function" in refused_without_running(tmp_path)
+
+
+CONFIGS: dict[str, Any] = {
+    "network": {"model": {"network": "evil.Net"}},
+    "network's class": {"model": {"network": {"class_path": "evil.Net"}}},
+    "network in another alphabet": {"model": {"network": {"class_path": "évil.Net"}}},
+    "optimizer": {"model": {"optimizer": "evil.function"}},
+    "schedule's function": {
+        "model": {
+            "lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.LambdaLR",
+                "init_args": {"lr_lambda": "evil.function"},
+            }
+        }
+    },
+    "callback": {"trainer": {"callbacks": [{"class_path": "evil.Net"}]}},
+    "callback, bare": {"trainer": {"callbacks": "evil.Net"}},
+    "callbacks in a set": {"trainer": {"callbacks": {"evil.Net", "evil.function"}}},
+    "callback's function": {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                    "init_args": {"setup": "evil.function"},
+                }
+            ]
+        }
+    },
+    "callback's other arguments": {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+                    "dict_kwargs": {"multi_avg_fn": "evil.function"},
+                }
+            ]
+        }
+    },
+    "logger": {"trainer": {"logger": "evil.Net"}},
+    "strategy": {"trainer": {"strategy": "evil.Net"}},
+    "plugin": {"trainer": {"plugins": ["evil.Net"]}},
+    "profiler": {"trainer": {"profiler": "evil.Net"}},
+    "data": {"data": "evil.Net"},
+    "augmentation": {"data": {"init_args": {"augment": ["evil.Net"]}}},
+    "mixing": {"data": {"init_args": {"mix": {"class_path": "evil.Net"}}}},
+    "a file for the network": {"model": {"network": "network"}},
+    "a file for the data": {"data": "network"},
+    "a config in a text": {"model": {"network": "{class_path: evil.Net}"}},
+    "somebody else's class by way of ours": {"model": {"network": {"class_path": "src.cli.os.system"}}},
+}
+
+
+def merged(config: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    config = dict(config)
+    for key, value in change.items():
+        old = config.get(key)
+        config[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return config
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_stored_config_that_names_strangers_is_refused(
+    trained: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(read(trained / "last.ckpt")["config"])
+    (tmp_path / "network").write_text("{class_path: evil.Net}")
+    (tmp_path / "évil.py").write_text("open('marker', 'w').close()\nfrom src.networks import CNN as Net")
+    text = yaml.safe_dump(merged(config, CONFIGS[what]), allow_unicode=True)
+    hostile(trained, tmp_path / "bad.ckpt", {"config": text}, monkeypatch)
+    assert "bad.ckpt asks for " in refused_without_running(tmp_path, "fit")
+
+
+def test_the_name_of_a_checkpoint_does_not_make_a_class_trusted(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(read(trained / "last.ckpt")["config"])
+    text = yaml.safe_dump(merged(config, {"model": {"network": {"class_path": "evil.Net"}}}))
+    hostile(trained, tmp_path / "evil.Net", {"config": text}, monkeypatch)
+    assert "asks for evil.Net" in refused_without_running(tmp_path, name="evil.Net")
+
+
+def test_a_class_of_the_users_own_is_trusted_once_the_user_names_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(read(trained / "last.ckpt")["config"])
+    text = yaml.safe_dump(merged(config, {"model": {"network": {"class_path": "own.Net"}}}))
+    hostile(trained, tmp_path / "own.ckpt", {"config": text}, monkeypatch)
+    (tmp_path / "own.py").write_text("from src.networks import CNN\nclass Net(CNN): pass")
+    named = ["test", "--ckpt_path=own.ckpt", "--model.network=own.Net"]
+    assert Child(main, named, cwd=tmp_path).wait().status == 0
+
+
+LAUGHS = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 12))
+CONTENTS: dict[str, dict[str, Any]] = {
+    "no weights": {"state_dict": None},
+    "weights that are none": {"state_dict": {"network.head.weight": "text"}},
+    "hyper-parameters that are none": {"hyper_parameters": "text"},
+    "a config that is none": {"config": "text"},
+    "a config that is not YAML": {"config": "{"},
+    "a config with itself inside": {"config": "trainer: &a\n  callbacks: *a\n"},
+    "a config that refers to itself a milliard times": {"config": f"b0: &b0 [1]\n{LAUGHS}\n"},
+    "a config with a trainer that is none": {"config": "trainer: 5"},
+    "a version that is none": {"pytorch-lightning_version": "text"},
+    "a version long past": {"pytorch-lightning_version": "0.0.1"},
+    "loops that are none": {"loops": {"fit_loop": 3}},
+    "callbacks that are none": {"callbacks": [1]},
+    "optimizers that are none": {"optimizer_states": 7},
+    "no data": {"data": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "what"), [*(("fit", what) for what in CONTENTS), *(("test", what) for what in list(CONTENTS)[:6])]
+)
+def test_strange_content_is_refused_in_one_line_or_has_no_influence(
+    trained: Path, tmp_path: Path, command: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(trained, tmp_path / "bad.ckpt", CONTENTS[what], monkeypatch)
+    done = Child(main, [command, "--ckpt_path", "bad.ckpt"], cwd=tmp_path).wait(30)
+    assert done.status in (0, 1, 2), done
+    if done.status:
+        assert "ckpt" in refused(done, done.status)
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path: Path) -> None:
+    path, packed = tmp_path / "bad.ckpt", tmp_path / "packed"
+    torch.save(tiny(OLD, size=3_000_000), packed)
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
+    content = path.read_bytes()
+    assert len(content) < packed.stat().st_size / 100
+
+    def save(_: Any, buffer: Any) -> None:
+        buffer.write(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        commit(serialize(tiny(OLD), path), path)
+    assert "torch does not compress" in refused_without_running(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["https://example.org/x.ckpt", "s3://bucket/x.ckpt", "file:///x.ckpt"])
+def test_a_url_is_not_a_checkpoint(url: str, tmp_path: Path) -> None:
+    done = Child(main, ["test", "--ckpt_path", url], cwd=tmp_path).wait()
+    assert f"{url} is a URL; download it first" in refused(done, 2)
+
+
+class Keeper(pl.Callback):
+    """Has something to keep that is not plain."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plain": 1, "things": [0, {"path": Path("a")}]}
+
+
+def test_a_callback_whose_state_is_not_plain_is_refused_by_its_key_when_it_is_saved(tmp_path: Path) -> None:
+    keeper = "--trainer.callbacks+=tests.faults.test_checkpoint_files.Keeper"
+    line = refused(Child(main, ["fit", *FIT, keeper], cwd=tmp_path).wait())
+    assert all(name in line for name in ("best.ckpt cannot keep", "Keeper", "things", "path", "PosixPath")), line
+    assert list((tmp_path / "lightning_logs/version_0").rglob("*ckpt*")) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Pair(1, 2),
+        defaultdict(list),
+        OrderedDict(a=1),
+        {1, 2},
+        {Colour.RED: 1},
+        {Pair(1, 2): 1},
+        Colour.RED,
+        1j,
+        b"",
+        b"bytes",
+        torch.ones(2).numpy(),
+        torch.ones(2).numpy()[0],
+        torch.nn.Parameter(torch.ones(2)),
+        torch.ones(2).as_subclass(Odd),
+        torch.ones(2).requires_grad_() * 2,
+        "\ud800",
+    ],
+    ids=lambda value: f"{type(value).__name__} {value!r:.40}",
+)
+def test_what_could_not_be_read_again_is_refused_when_it_is_saved(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "last.ckpt"
+    try:
+        content = serialize(tiny(OLD) | {"callbacks": {"key": value}}, path)
+    except Failure as failure:
+        assert "cannot keep callbacks" in str(failure)
+        assert "key" in str(failure)
+        return
+    commit(content, path)
+    found = read(path)["callbacks"]["key"]
+    assert torch.equal(found, value) if isinstance(value, Tensor) else found == value
+
+
+def tensors(numbers: list[int], dtype: torch.dtype, shape: int) -> Tensor:
+    tensor = torch.tensor(numbers, dtype=torch.float64).to(dtype)
+    if shape == 1 and len(numbers) == 4:
+        return tensor.view(2, 2).t()
+    return tensor[::2] if shape == 2 else tensor
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from([torch.Size([]), torch.Size([3, 0]), torch.float32, torch.bool, torch.device("cpu")]),
+    st.builds(
+        tensors,
+        st.lists(st.integers(0, 100), max_size=4),
+        st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8]),
+        st.integers(0, 2),
+    ),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=9), st.integers(), st.booleans()), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+def assert_same(one: Any, two: Any) -> None:
+    assert type(one) is type(two)
+    if isinstance(one, Tensor):
+        assert (one.dtype, one.shape, one.stride()) == (two.dtype, two.shape, two.stride())
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert [(type(key), key) for key in one] == [(type(key), key) for key in two]
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == two or one != one
+        assert str(one) == str(two)  # tells -0.0 from 0.0
+
+
+@given(value=VALUES)
+@settings(max_examples=200, deadline=None)
+def test_what_is_read_is_what_was_written(value: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.ckpt"
+    written = tiny(OLD) | {"callbacks": {"value": value}}
+    before = copy.deepcopy(written)
+    path.write_bytes(serialize(written, path))
+    assert_same(read(path), before)
+    assert_same(torch.load(path, weights_only=True), before)
+    assert_same(written, before)
