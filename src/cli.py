@@ -168,6 +168,10 @@ class CLI(LightningCLI):
             self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
             self.config[command].ckpt_path = str(self.checkpoint)
             self._note_changes(stored, content["global_step"])
+        for key, value in leaves(self.config[command].as_dict()):
+            if type(value) is int and abs(value) >= 2**63:
+                dotted = key.replace("/init_args", "").replace("/", ".")
+                raise UsageError(f"{dotted}: {float(value):.3g} is out of range: whole numbers are below 2**63")
         self._check_trainer(self.config[command].trainer)
 
     def _note_changes(self, stored: dict[str, Any], step: int) -> None:

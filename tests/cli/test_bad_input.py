@@ -65,6 +65,10 @@ BAD_ARGUMENTS = [
     (["fit", "--data.train_fraction", "0"], "data.train_fraction: 0.0 is out of range: above 0, up to 1"),
     (["fit", "--data.val_size", "99999"], "data.val_size: 99999 leaves nothing to train on"),
     (
+        ["fit", "--trainer.min_steps", "1" + "0" * 30],
+        "trainer.min_steps: 1e+30 is out of range: whole numbers are below 2**63",
+    ),
+    (
         ["fit", "--data.augment", "[{class_path: RandomCrop, init_args: {padding: 0}}]"],
         "data.augment.padding: 0 is out",
     ),
