@@ -248,6 +248,8 @@ def _distrust(key: str, value: Any) -> str | None:
         return None
     if name == "class_path" or re.fullmatch(r"\s*[^\W\d]\w*(\.\w+)+\s*", value):
         return None if name == "class_path" and _is_own_class(value) else "which is not a class of this project"
+    if "://" in value or (name in _CLASS_KEYS and not re.fullmatch(r"[\w-]*", value)):
+        return "which is not a class of this project, but the place of one"
     with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         if isinstance(yaml.safe_load(value), (dict, list)):
             return "which is a config inside a text"

@@ -387,6 +387,8 @@ CONFIGS: dict[str, Any] = {
     "mixing": {"data": {"init_args": {"mix": {"class_path": "evil.Net"}}}},
     "a file for the network": {"model": {"network": "network"}},
     "a file for the data": {"data": "network"},
+    "the address of a file": {"model": {"network": "file:///tmp/network"}},
+    "a file in the home folder": {"model": {"network": "~/network"}},
     "a config in a text": {"model": {"network": "{class_path: evil.Net}"}},
     "somebody else's class by way of ours": {"model": {"network": {"class_path": "src.cli.os.system"}}},
 }
