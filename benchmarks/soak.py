@@ -6,6 +6,10 @@ Each restart is ``fit --ckpt_path RUN/checkpoints/last.ckpt``, in a process of i
 is a fit from scratch. A kill comes at a uniformly random moment after training has begun in that process. In the end
 every step's images and loss, the curves and the final state must equal the uninterrupted run's to the last bit.
 What this does not show: a loss of power, after which the disk may hold less than was written.
+
+2026-11-21, --kills 210 --steps 2100, one thread on one of 2 cores of an Intel Xeon with AMX, torch 2.15.0, lightning
+2.6.6, n = 1 run: 210 kills, 75 of them while a checkpoint was made or written (23 left a half-written file), 315 steps
+repeated; no difference. 19 minutes.
 """
 
 import argparse
