@@ -29,6 +29,21 @@ def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
     return joined
 
 
+def only(args: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Return a command line without all options but some.
+
+    >>> only(["fit", "--data.root", "data", "--ckpt_path", "last"], ["--ckpt_path"])
+    ['fit', '--ckpt_path', 'last']
+    """
+    kept, keep = [], True
+    for word in args:
+        if word.startswith("-"):
+            keep = word.partition("=")[0] in options
+        if keep:
+            kept.append(word)
+    return kept
+
+
 def config_texts(args: Sequence[str]) -> list[str]:
     """Return the contents of the configs named on a command line, as far as they can be read.
 

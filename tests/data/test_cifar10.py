@@ -314,3 +314,37 @@ def test_the_real_files_give_what_torchvision_gives(cifar_root: Path, part: str)
     assert np.array_equal(pixels.numpy(), expected.data)
     assert labels.tolist() == expected.targets
     assert CIFAR10.classes == tuple(expected.classes)
+
+
+def test_what_was_parsed_is_kept_and_read_again(cifar_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").symlink_to(cifar_root / "cifar-10-batches-py")
+    first = CIFAR10(root=tmp_path).load("test")
+    (kept,) = tmp_path.glob("cifar10-test-*.npz")
+    (tmp_path / "cifar-10-batches-py").unlink()
+    again = CIFAR10(root=tmp_path, download=False).load("test")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another image", "not an archive", "a pickle"])
+def test_what_was_kept_and_is_not_the_official_set_is_parsed_anew(
+    damage: str, cifar_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cifar-10-batches-py").symlink_to(cifar_root / "cifar-10-batches-py")
+    pixels, labels = CIFAR10(root=tmp_path).load("test")
+    (kept,) = tmp_path.glob("cifar10-test-*.npz")
+    if damage == "cut short":
+        kept.write_bytes(kept.read_bytes()[:-1000])
+    elif damage == "not an archive":
+        kept.write_bytes(b"hello")
+    elif damage == "a pickle":
+        with kept.open("wb") as file:
+            np.savez(file, pixels=np.array([Path("x")], dtype=object), labels=labels.numpy())
+    else:
+        other = pixels.clone()
+        other[5] += 1
+        with kept.open("wb") as file:
+            np.savez(file, pixels=other.numpy(), labels=labels.numpy())
+    again = CIFAR10(root=tmp_path).load("test")
+    assert torch.equal(again[0], pixels)
+    assert torch.equal(again[1], labels)
