@@ -1,6 +1,8 @@
 """Which number format suits the device: chosen by default, checked when asked for, never silent."""
 
+import ctypes
 import os
+from contextlib import suppress
 from typing import Literal, cast
 
 import torch
@@ -40,6 +42,24 @@ def refuse_precision(precision: str, device: str) -> str | None:
     if precision in ("64-true", "64", "bf16-true", "bf16-mixed", "bf16") and device == "mps":
         return "this device computes in float32 and float16; use 32-true or 16-mixed"
     return None
+
+
+def keep_pages() -> None:
+    """Let the C library keep the memory that is freed: a step asks for the same large blocks as the one before.
+
+    By default glibc gives blocks of more than 32 MB back to the system, and each new one costs a page fault for every
+    4 KB: up to a third of a step. Where the library is another one, nothing is done.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD: what is larger still goes back, and leaves no gaps
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def give_pages_back() -> None:
+    """Give back to the system what is free: the opposite of `keep_pages`, once."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def describe(device: str) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from src.data.augment import Augmentation, Mixing
 from src.data.order import batch_edges, derive_seed, epoch_order, rank_slice
@@ -66,6 +67,7 @@ class ResidentLoader:
         shuffle: Whether each epoch has an order of its own.
         augment: Applied to each image, in this order.
         mix: Applied to each batch, last.
+        small: The number of epochs, from the first, whose images are scaled down, and their height and width.
         rank: This process, from 0.
         world_size: The number of processes.
     """
@@ -83,11 +85,12 @@ class ResidentLoader:
         shuffle: bool = False,
         augment: Sequence[Augmentation] = (),
         mix: Mixing | None = None,
+        small: tuple[int, int] = (0, 0),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.pixels, self.labels, self.ids = pixels, labels, ids
-        self.normalize, self.augment, self.mix = normalize, augment, mix
+        self.normalize, self.augment, self.mix, self.small = normalize, augment, mix, small
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.rank, self.world_size = rank, world_size
         self.num_classes = num_classes
@@ -112,8 +115,8 @@ class ResidentLoader:
         """Yield the batches of the epoch."""
         device = self.pixels.device
         order = epoch_order(self.ids, self.seed, self.epoch) if self.shuffle else self.ids
-        order = order.to(device)
-        draws = [a.draw(len(self.labels), self.seed, self.epoch).to(device) for a in self.augment]
+        order = _send(order, device)
+        draws = [_send(a.draw(len(self.labels), self.seed, self.epoch), device) for a in self.augment]
         first, self.start = self.start, 0
         edges = batch_edges(len(self.ids), self.batch_size, self.world_size, first) if first else self.edges
         for start, stop in pairwise(edges):
@@ -121,9 +124,16 @@ class ResidentLoader:
             pixels, labels = self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
             for augmentation, draw in zip(self.augment, draws, strict=True):
                 pixels = augmentation.apply(pixels, draw.index_select(0, ids))
+            if self.epoch < self.small[0]:
+                pixels = resize(pixels.permute(0, 3, 1, 2), [self.small[1]] * 2).permute(0, 2, 3, 1)
             images = self.normalize(pixels)
             if self.mix is not None:
                 seed = derive_seed(self.seed, "mix", self.epoch, start, self.rank)
                 weights = torch.nn.functional.one_hot(labels, self.num_classes).float()
                 images, labels = self.mix(images, weights, seed)
             yield Batch(images, labels, ids, stop - start)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -35,6 +35,9 @@ class ImageData(pl.LightningDataModule):
         split_seed: Seed of the choice of the val split and of the images trained on.
         augment: Augmentations of each image while training, applied in this order.
         mix: Mixes the images of a batch while training: `src.data.MixUp` or `src.data.CutMix`.
+        small_epochs: Epochs, from the first, that train on images scaled down to `small_size`, which take less time
+            (progressive resizing; Howard et al., DAWNBench 2018); 0 for none.
+        small_size: Height and width of those images, from 8 pixels to the images' own.
         images: Image files, or folders of them, for `predict`; of any size and mode.
         seed: Seed of order and augmentation; linked to ``seed_everything`` on the command line.
     """
@@ -54,6 +57,8 @@ class ImageData(pl.LightningDataModule):
         split_seed: int = 0,
         augment: list[Augmentation] | None = None,
         mix: Mixing | None = None,
+        small_epochs: int = 0,
+        small_size: int = 24,
         images: list[Path] | None = None,
         seed: int = 42,
     ) -> None:
@@ -69,10 +74,15 @@ class ImageData(pl.LightningDataModule):
             raise ValueError(f"samples_per_class: {samples_per_class} is out of range: at least 1 image")
         if samples_per_class is not None and train_fraction != 1:
             raise ValueError("samples_per_class and train_fraction exclude each other: give one of them")
+        if small_epochs < 0:
+            raise ValueError(f"small_epochs: {small_epochs} is out of range: 0 or more epochs")
+        if not 8 <= small_size <= self.image_size:
+            raise ValueError(f"small_size: {small_size} is out of range: 8 to {self.image_size} pixels")
         self.batch_size, self.eval_batch_size, self.val_size = batch_size, eval_batch_size, val_size
         self.train_fraction, self.samples_per_class = train_fraction, samples_per_class
         self.split_seed, self.seed = split_seed, seed
         self.augment, self.mix = augment or [], mix
+        self.small_epochs, self.small_size = small_epochs, small_size
         self.images = images
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._fingerprint = ""
@@ -152,6 +162,12 @@ class ImageData(pl.LightningDataModule):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    def sample(self, count: int) -> Tensor:
+        """Return the first images of the train split as a network is given them, float32 ``[count, 3, h, w]``."""
+        pixels = self._part("train")[0]
+        ids = self.split()[0][:count].to(pixels.device)
+        return Normalize(self.mean, self.std, pixels.device)(pixels[ids])
+
     def train_dataloader(self) -> ResidentLoader:
         """Return the loader of the training images, in a new order each epoch."""
         shuffle = self.trainer is None or self.trainer.overfit_batches == 0  # type: ignore[attr-defined] # set outside of __init__
@@ -200,6 +216,7 @@ class ImageData(pl.LightningDataModule):
             shuffle=shuffle,
             augment=augment,
             mix=self.mix if train else None,
+            small=(self.small_epochs, self.small_size) if train else (0, 0),
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
         )

@@ -30,6 +30,20 @@ class Network(nn.Module):
             Failure: If they do not fit this network.
         """
 
+    def initialize(self, images: Tensor) -> None:
+        """Set weights by what the images are like. Called once, at the start of a fit from scratch.
+
+        Args:
+            images: The first 5,000 images of the train split, or fewer, as the network is given them.
+        """
+
+    def remark(self, device: str) -> str:
+        """Return what a person should know about how this network is computed on a device, or nothing."""
+        return ""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Choose which parameters are learned in an epoch, from 0; a function of the epoch alone."""
+
     def backbone_parameters(self) -> list[nn.Parameter]:
         """Return the parameters outside the head."""
         head = {id(p) for p in self.head.parameters()}

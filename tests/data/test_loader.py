@@ -139,3 +139,16 @@ def test_normalisation_has_the_deviation_it_promises() -> None:
     normalize = Normalize((0.5, 0.25, 0.0), (0.5, 0.25, 1.0), torch.device("cpu"))
     white = normalize(torch.full((1, 1, 1, 3), 255, dtype=torch.uint8))
     assert white.flatten().tolist() == pytest.approx([1.0, 3.0, 1.0], abs=1e-6)
+
+
+def test_the_first_epochs_are_small() -> None:
+    pixels = torch.full((10, 32, 32, 3), 7, dtype=torch.uint8)
+    labels, ids = torch.zeros(10, dtype=torch.int64), torch.arange(10)
+    normalize = Normalize((0.0, 0.0, 0.0), (1 / 255,) * 3, torch.device("cpu"))
+    loader = ResidentLoader(pixels, labels, ids, 4, normalize, shuffle=True, small=(2, 24))
+    for epoch, side in ((0, 24), (1, 24), (2, 32)):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert batch.images.shape == (len(batch.ids), 3, side, side)
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert (batch.images == 7).all()

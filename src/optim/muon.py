@@ -1,0 +1,124 @@
+"""Muon: momentum whose update is made orthogonal, for convolutions; plain SGD for all that is not a filter.
+
+    python -m src fit --config configs/speed94.yaml
+
+After K. Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024), as their CIFAR-10 speed-runs
+(airbench94_muon) use it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Muon(Optimizer):
+    """Muon for the weights of convolutions; Nesterov SGD for the head's matrix and for vectors (biases).
+
+    A filter bank is taken as a matrix ``[out, in*k*k]``. Its norm is kept at √out; the update is the nearest
+    semi-orthogonal matrix to its Nesterov momentum, so its size is the lr alone, whatever the loss is scaled by.
+
+    Args:
+        params: Parameters or groups of them, as every optimizer takes them.
+        lr: For convolutions, at least 0.
+        momentum: For convolutions, in [0, 1).
+        head_lr: Lr of matrices (linear layers), of the mean loss.
+        bias_lr: Lr of vectors, of the mean loss.
+        sgd_momentum: Momentum of matrices and vectors, in [0, 1).
+        weight_decay: Of matrices and vectors, by what it takes from a weight at full lr: lr × weight decay in the words
+            of torch. In [0, 1).
+        ns_steps: Newton-Schulz iterations that make the update orthogonal, at least 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.24,
+        momentum: float = 0.6,
+        head_lr: float = 1340.0,
+        bias_lr: float = 106.0,
+        sgd_momentum: float = 0.85,
+        weight_decay: float = 0.004,
+        ns_steps: int = 3,
+    ) -> None:
+        if ns_steps < 1:
+            raise ValueError(f"ns_steps: {ns_steps} is out of range: at least 1")
+        for name, value in (("head_lr", head_lr), ("bias_lr", bias_lr)):
+            if not value >= 0:
+                raise ValueError(f"{name}: {value} is out of range: at least 0")
+        given = list(params)
+        weights = [p for g in given for p in (g["params"] if isinstance(g, dict) else [g])]
+        decay = weight_decay
+        groups = []
+        for kind, own_lr in (("filters", lr), ("matrices", head_lr), ("vectors", bias_lr)):
+            members = [p for p in weights if _kind(p) == kind]
+            muon = kind == "filters"
+            if members:
+                groups.append(
+                    {
+                        "params": members,
+                        "name": kind,
+                        "lr": own_lr,
+                        "momentum": momentum if muon else sgd_momentum,
+                        "weight_decay": 0.0 if muon or not own_lr else decay / own_lr,
+                    }
+                )
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "ns_steps": ns_steps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p.grad is not None]
+            if not members:
+                continue
+            for p in members:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in members]
+            gradients = [p.grad for p in members]
+            if group["weight_decay"]:
+                gradients = list(torch._foreach_add(gradients, members, alpha=group["weight_decay"]))
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            if group["name"] == "filters":
+                for p, update in zip(members, updates, strict=True):
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                    direction = orthogonalize(update.reshape(len(p), -1), group["ns_steps"])
+                    p.sub_(direction.view_as(p).to(p.dtype), alpha=group["lr"])
+            else:
+                torch._foreach_add_(members, updates, alpha=-group["lr"])
+        return loss
+
+
+def _kind(parameter: Tensor) -> str:
+    return "filters" if parameter.ndim > 2 else "matrices" if parameter.ndim == 2 else "vectors"
+
+
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """Return about the nearest semi-orthogonal matrix: all singular values of the result are near 1.
+
+    A quintic Newton-Schulz iteration in bfloat16; its coefficients trade exactness for speed, so the singular values
+    come out between about 0.7 and 1.2 (Jordan et al., 2024).
+
+    Args:
+        matrix: ``[m, n]``.
+        steps: Iterations.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x: Tensor = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x

@@ -1,0 +1,97 @@
+"""Muon: orthogonal steps for convolutions, plain SGD for the rest."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.optim import Muon
+from src.optim.muon import orthogonalize
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 5))
+
+
+def backward(net: nn.Module, seed: int) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    net(torch.randn(6, 3, 4, 4, generator=draws)).square().mean().backward()
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (27, 8), (64, 64), (256, 2304)])
+def test_an_orthogonal_update_has_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), steps=5).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.35
+
+
+def test_the_size_of_a_step_is_the_lr_whatever_the_loss_is_scaled_by() -> None:
+    steps: list[Tensor] = []
+    for scale in (1.0, 1e4):
+        net = network()
+        optimizer = Muon(net.parameters(), lr=0.1, head_lr=0.0, bias_lr=0.0, ns_steps=5)
+        before = net[0].weight.detach().clone()
+        before *= len(before) ** 0.5 / before.norm()
+        backward(net, 0)
+        net[0].weight.grad *= scale
+        optimizer.step()
+        steps.append(net[0].weight.detach() - before)
+    torch.testing.assert_close(steps[0], steps[1], rtol=0.02, atol=5e-3)
+    size = torch.linalg.svdvals(steps[0].flatten(1))
+    assert 0.05 < size.min() < size.max() < 0.14
+
+
+def test_matrices_and_vectors_take_the_steps_of_nesterov_sgd() -> None:
+    ours, theirs = network(), network()
+    muon = Muon(ours.parameters(), lr=0.0, head_lr=0.2, bias_lr=0.1, sgd_momentum=0.85, weight_decay=0.004)
+    groups = [
+        {"params": [theirs[2].weight], "lr": 0.2, "weight_decay": 0.004 / 0.2},
+        {"params": [theirs[0].bias, theirs[2].bias], "lr": 0.1, "weight_decay": 0.004 / 0.1},
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
+    with torch.no_grad():  # the filters are rescaled even at an lr of 0
+        theirs[0].weight *= len(theirs[0].weight) ** 0.5 / theirs[0].weight.norm()
+        ours[0].weight.copy_(theirs[0].weight)
+    for seed in range(3):
+        for net, optimizer in ((ours, muon), (theirs, sgd)):
+            optimizer.zero_grad()
+            backward(net, seed)
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    optimizer = Muon(net.parameters())
+    before = net[0].weight.clone()
+    backward(net, 0)
+    optimizer.step()
+    assert torch.equal(net[0].weight, before)
+
+
+def test_its_state_goes_on_after_it_was_saved() -> None:
+    nets = [network(), network()]
+    optimizers = [Muon(net.parameters(), head_lr=0.1, bias_lr=0.1) for net in nets]
+    for seed in range(4):
+        if seed == 2:
+            nets[1].load_state_dict(nets[0].state_dict())
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for i in range(1 if seed < 2 else 2):
+            optimizers[i].zero_grad()
+            backward(nets[i], seed)
+            optimizers[i].step()
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert ours.isfinite().all()
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("argument", [{"ns_steps": 0}, {"head_lr": -1.0}, {"bias_lr": float("nan")}])
+def test_what_is_out_of_range_is_named(argument: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(argument))}: .* is out of range"):
+        Muon(network().parameters(), **argument)  # type: ignore[arg-type]

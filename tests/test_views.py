@@ -1,0 +1,34 @@
+"""Test-time augmentation: which views are averaged, and with which weights."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.views import Views, average_views
+
+
+def pixel(images: Tensor) -> Tensor:
+    """A network that is one pixel of the image: what it is given shows in what it says."""
+    return images[:, :, 1, 1]
+
+
+@pytest.mark.parametrize("views", ["one", "mirror", "six"])
+def test_a_network_that_does_not_look_at_places_says_the_same(views: Views) -> None:
+    images = torch.full((2, 3, 8, 8), 0.5)
+    torch.testing.assert_close(average_views(lambda x: x.mean((2, 3)), images, views), images.mean((2, 3)))
+
+
+def test_the_views_are_the_mirror_pair_and_its_shifts_by_a_pixel() -> None:
+    images = torch.randn(2, 3, 5, 5)
+
+    def pair(row: int, column: int) -> Tensor:
+        """Mean of a pixel and of the one that takes its place in the mirror image."""
+        return (images[:, :, row, column] + images[:, :, row, column_mirrored[column]]) / 2
+
+    assert torch.equal(average_views(pixel, images, "one"), images[:, :, 1, 1])
+    column_mirrored = {1: 3}
+    torch.testing.assert_close(average_views(pixel, images, "mirror"), pair(1, 1))
+    upper_left = (images[:, :, 0, 0] + images[:, :, 0, 2]) / 2
+    lower_right = (images[:, :, 2, 2] + images[:, :, 2, 4]) / 2
+    expected = 0.5 * pair(1, 1) + 0.25 * (upper_left + lower_right)
+    torch.testing.assert_close(average_views(pixel, images, "six"), expected)
