@@ -6,7 +6,7 @@ What the hot path measures (loss, hits) stays on the device; `src.callbacks.curv
 """
 
 import copy
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +23,7 @@ from src.mean_loss import MeanLoss
 from src.networks import Network
 from src.optim import OneCycle
 from src.optim.bounds import build_checked
+from src.views import Views, average_views
 
 
 class ImageClassifier(pl.LightningModule):
@@ -38,6 +39,10 @@ class ImageClassifier(pl.LightningModule):
         num_classes: The number of classes; linked to the data set on the command line.
         freeze_backbone: Epochs, from the first, in which only the network's head trains; 0 trains all from the start.
         backbone_lr: Peak lr of all layers but the head, above 0; null gives them the optimizer's lr.
+        tta: The views of an image that are averaged in validation, test and prediction: ``one``, the image itself;
+            ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides.
+        compile: Train a network that ``torch.compile`` has made faster, in this mode (``reduce-overhead``: by CUDA
+            graphs); null does without. It pays in long runs on a GPU; what it costs at the first step is printed.
         channels_last: Keep weights and activations in NHWC order, which convolutions on most devices are faster in.
 
     Attributes:
@@ -57,6 +62,8 @@ class ImageClassifier(pl.LightningModule):
         freeze_backbone: int = 0,
         backbone_lr: float | None = None,
         channels_last: bool = True,
+        tta: Views = "one",
+        compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -73,7 +80,9 @@ class ImageClassifier(pl.LightningModule):
         self.label_smoothing = label_smoothing
         self.freeze_backbone, self.backbone_lr = freeze_backbone, backbone_lr
         self.lr_scale = 1.0
-        self.channels_last = channels_last
+        self.channels_last, self.tta = channels_last, tta
+        # In a list, as it is no part of this module: its weights are those of the network.
+        self._trained = [network if compile is None else torch.compile(network, mode=compile)]
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         # By name, and now: a sharding strategy will flatten the parameters.
@@ -92,7 +101,8 @@ class ImageClassifier(pl.LightningModule):
         """Copy the weights, but not what builds optimizers: it leads to the command line, the Trainer and the data."""
         clone = self.__class__.__new__(self.__class__)
         memo |= {id(self): clone, id(self.optimizer): self.optimizer, id(self.lr_scheduler): self.lr_scheduler}
-        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        clone.__setstate__(copy.deepcopy({**self.__getstate__(), "_trained": []}, memo))  # type: ignore[no-untyped-call]
+        clone._trained = [clone.network]
         return clone
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,6 +119,8 @@ class ImageClassifier(pl.LightningModule):
                 "model.lr_scheduler: OneCycle needs the length of the run: give trainer.max_epochs or max_steps"
             )
         if self.trainer.ckpt_path is None:
+            if type(self.network).initialize is not Network.initialize:
+                self.network.initialize(self.trainer.datamodule.sample(5000).to(self.device))  # type: ignore[attr-defined]
             self.network.load_pretrained()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -170,14 +182,17 @@ class ImageClassifier(pl.LightningModule):
                 config.scheduler.base_lrs = [lr * factor for lr in config.scheduler.base_lrs]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of a batch; of this rank's images, the summed loss and how many were classified right."""
-        logits = self._logits(batch)
-        summed = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="sum")
-        target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
-        with torch.no_grad():
-            correct = (logits.argmax(1) == target).sum()
-        loss = summed * (self.trainer.world_size / batch.total)
-        return {"loss": loss, "summed": summed.detach(), "correct": correct}
+        """Return the loss of a batch; of this rank's images, their mean loss and logits."""
+        logits = self._trained[0](self._layout(batch.images)).float()
+        mean = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        share = len(batch.ids) * self.trainer.world_size / batch.total
+        kept = logits.detach()
+        if self._trained[0] is not self.network:
+            kept = kept.clone()  # a CUDA graph writes its output over that of the step before
+        return {"loss": mean if share == 1 else mean * share, "mean": mean.detach(), "logits": kept}
+
+    def _layout(self, images: Tensor) -> Tensor:
+        return images if self.channels_last else images.contiguous()
 
     def on_train_start(self) -> None:
         """Freeze or thaw the backbone also where a fit is resumed in the middle of an epoch."""
@@ -185,6 +200,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Freeze or thaw the backbone: a function of the epoch alone."""
+        self.network.begin_epoch(self.current_epoch)
         if self.freeze_backbone:
             frozen = self.current_epoch < self.freeze_backbone
             for parameter in self.network.backbone_parameters():
@@ -206,9 +222,7 @@ class ImageClassifier(pl.LightningModule):
         return self._logits(batch).softmax(1)
 
     def _logits(self, batch: Batch) -> Tensor:
-        images = batch.images if self.channels_last else batch.images.contiguous()
-        logits: Tensor = self.network(images)
-        return logits.float()
+        return average_views(self.network, self._layout(batch.images), self.tta).float()
 
     def on_validation_epoch_end(self) -> None:
         """Sum the confusion matrix over all ranks, and step a schedule that goes by the loss."""

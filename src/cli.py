@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
@@ -23,8 +24,9 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src import __version__
-from src.arguments import config_texts, find_checkpoint, join_paths, run_folder
+from src.arguments import config_texts, find_checkpoint, join_paths, only, run_folder
 from src.callbacks.checkpoint import Checkpoint
+from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
 from src.callbacks.curves import Curves
 from src.callbacks.guard import Guard
@@ -39,8 +41,9 @@ from src.checkpoint_io import TRUSTED, VerifiedCheckpointIO, class_paths, leaves
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError
-from src.hardware import default_precision, describe, device_type, refuse_precision
+from src.hardware import default_precision, describe, device_type, keep_pages, refuse_precision
 from src.messages import deepest_reason, explain, full_key
+from src.step_loop import StepLoop
 
 # Arguments of the Trainer's methods that are not for the user to set.
 _SUBCOMMANDS = {
@@ -151,7 +154,11 @@ class CLI(LightningCLI):
         args = join_paths(args)
         Parser.command_line = args
         texts = config_texts(args)
-        self.config = parser.parse_args(args)
+        # Which data set and network the other options are of is in the checkpoint.
+        finds = ("--config", "-c", "--ckpt_path", "--trainer.default_root_dir")
+        options = {word.partition("=")[0] for word in args}
+        look = "--ckpt_path" in options and not options & {"--print_config", "--help", "-h"}
+        self.config = parser.parse_args(only(args, finds) if look else args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
         if ckpt_path is None:
@@ -162,8 +169,8 @@ class CLI(LightningCLI):
             self.checkpoint = find_checkpoint(str(ckpt_path), runs)
             content = read(self.checkpoint)
             where = args.index(command) + 1
-            named = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
-            stored = stored_config(self.checkpoint, content, "\n".join([*named, *texts]))
+            said = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
+            stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]))
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
             self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
             self.config[command].ckpt_path = str(self.checkpoint)
@@ -203,6 +210,8 @@ class CLI(LightningCLI):
         self.device = device_type(accelerator)
         if accelerator in ("gpu", "cuda", "mps") and self.device == "cpu":
             raise Failure(f"trainer.accelerator: {accelerator}: torch finds none on this machine; use cpu or auto")
+        if self.device == "cpu":
+            keep_pages()
         self.chosen = trainer.precision is None
         if trainer.precision is None:
             trainer.precision = default_precision(self.device)
@@ -238,6 +247,8 @@ class CLI(LightningCLI):
                 Memory(),
                 Signals(),
             ]
+            if self.model.hparams["compile"] is not None:
+                callbacks.append(Compiling())
             if config["enable_progress_bar"] is not False:
                 progress = progress_callback(curves)
                 callbacks.append(progress)
@@ -259,13 +270,24 @@ class CLI(LightningCLI):
             config["plugins"] = [*_as_list(config["plugins"]), VerifiedCheckpointIO()]
         if config["enable_model_summary"] is None:
             config["enable_model_summary"] = False
-        return self._instantiate_trainer(config, callbacks)
+        trainer = self._instantiate_trainer(config, callbacks)
+        if self.subcommand == "fit" and not config["barebones"]:
+            StepLoop.install(trainer)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Refuse what would hang or do nothing."""
         if self.subcommand == "validate" and self.datamodule.val_size == 0:
             raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
         self.datamodule.check(self.trainer.world_size)
+        if self.datamodule.small_epochs:
+            size = self.datamodule.small_size
+            try:
+                with torch.no_grad():
+                    self.model.network.eval()(torch.zeros(1, 3, size, size))
+            except RuntimeError as error:
+                raise UsageError(f"data.small_size: the network takes no images of {size} pixels") from error
+            self.model.network.train()
         # DDP waits for every gradient unless it is told that parameters come to life late.
         kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
         if self.model.freeze_backbone and self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
@@ -278,7 +300,9 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             chosen = "chosen for this device" if self.chosen else "as configured"
             line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
-            _say(line + ("; channels_last" if self.model.hparams["channels_last"] else ""))
+            line += "; channels_last" if self.model.hparams["channels_last"] else ""
+            remark = self.model.network.remark(self.device) if subcommand == "fit" else ""
+            _say(f"{line}; {remark}" if remark else line)
             if self.checkpoint is not None:
                 _say(f"checkpoint: {self.checkpoint}")
         with warnings.catch_warnings():

@@ -31,3 +31,13 @@ def test_a_config_is_flattened_to_the_keys_that_are_typed() -> None:
         "model.network.dropout": 0.5,
         "data.root": "data",
     }
+
+
+def test_the_events_of_a_run_that_goes_on_come_after_those_before(tmp_path: Path) -> None:
+    first = tmp_path / f"events.out.tfevents.{int(time.time())}.zzz.99999.0"
+    first.touch()
+    logger = RunLogger(tmp_path, resumed=tmp_path, step=3)
+    logger.log_metrics({"train/loss": 1.5}, 4)
+    names = sorted(path.name for path in tmp_path.glob("events.out.tfevents.*"))
+    assert len(names) == 2
+    assert names[0] == first.name

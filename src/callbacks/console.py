@@ -26,8 +26,9 @@ class LiveBar(RichProgressBar):
 
     def __init__(self, curves: Curves) -> None:
         theme = RichProgressBarTheme(metrics_text_delimiter="  ")
-        super().__init__(refresh_rate=5, leave=True, theme=theme)
+        super().__init__(refresh_rate=2, leave=True, theme=theme)
         self.curves = curves
+        self._drawn = 0.0
 
     def configure_columns(self, trainer: pl.Trainer) -> list[ProgressColumn]:
         """Make room for the metrics: a short bar, and no batches a second, as images a second are shown."""
@@ -40,6 +41,15 @@ class LiveBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         """Count epochs from 1, as people do and as `EpochLines` does."""
         return f"{epoch_name(self.trainer, current_epoch).capitalize():{len(self.validation_description)}}"
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step, as often as the screen is drawn anew; more often would cost more than a small step does."""
+        now = time.monotonic()
+        if now - self._drawn >= 1 / self.refresh_rate or batch_idx + 1 == trainer.num_training_batches:
+            self._drawn = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Return the values to show, in this order."""

@@ -4,7 +4,8 @@
 
 What is written is decided by the step, never by the wall clock, so that equal runs write equal curves: a point for
 every `log_every_n_steps` optimizer steps, the mean over all images since the last point, over all ranks. The hot path
-only keeps references to tensors on the device; they are read when a point is due, on a GPU one point late.
+only keeps references to losses and logits on the device; they are summed when a point is due, and on a GPU read one
+point late.
 """
 
 import time
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from src.data.loader import Batch
+
+_MOST_PENDING = 50
+"""Batches whose logits are kept, at most, before they are summed."""
 
 
 class Point(NamedTuple):
@@ -32,6 +36,45 @@ class Point(NamedTuple):
         return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
 
 
+class Sums:
+    """Loss and hits of some images, summed.
+
+    Attributes:
+        sums: Of this rank's images, ``[2]`` on the device; none before the first.
+        images: Their number, over all ranks.
+    """
+
+    def __init__(self, sums: Tensor | None = None, images: int = 0) -> None:
+        self.sums, self.images = sums, images
+
+    def add(self, sums: Tensor, images: int) -> None:
+        """Add those of more images."""
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.images += images
+
+    def over_ranks(self) -> "Sums":
+        """Return the sums over all ranks."""
+        if self.sums is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        sums = self.sums.clone()
+        torch.distributed.all_reduce(sums)
+        return Sums(sums, self.images)
+
+    def pack(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return {"sums": None if self.sums is None else self.sums.cpu(), "images": self.images}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Any], device: torch.device, keep: bool) -> "Sums":
+        """Undo `pack`: one rank keeps the sums, the others begin with zeros."""
+        sums, images = packed["sums"], packed["images"]
+        if isinstance(images, list):  # as an earlier format has it: a row for each step
+            sums, images = (sums.sum(0) if images else None), sum(images)
+        if sums is not None:
+            sums = (sums if keep else torch.zeros_like(sums)).to(device)
+        return cls(sums, images)
+
+
 class Curves(pl.Callback):
     """Collects what training measures, and logs it.
 
@@ -43,8 +86,8 @@ class Curves(pl.Callback):
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
         self.epoch: dict[str, float] = {}
-        self._interval: list[tuple[Tensor, Tensor, int]] = []
-        self._epoch: list[tuple[Tensor, Tensor, int]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._interval, self._epoch = Sums(), Sums()
         self._points: deque[Point] = deque()
         self._lrs: dict[str, float] = {}
         self._step = 0
@@ -56,7 +99,8 @@ class Curves(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the sums of an epoch."""
-        self._epoch.clear()
+        self._flush()
+        self._epoch = Sums()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -71,15 +115,14 @@ class Curves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Keep what the step measured, and make a point of it when one is due."""
-        measured = (outputs["summed"], outputs["correct"], batch.total)
-        self._epoch.append(measured)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set outside of __init__
-        if every:
-            self._interval.append(measured)
+        self._pending.append((outputs["mean"], outputs["logits"], batch.labels, batch.total))
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            if self._interval and self._step % every == 0:
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set outside of __init__
+            if every and self._step % every == 0:
                 self._add_point(trainer)
+        if len(self._pending) >= _MOST_PENDING:
+            self._flush()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -88,7 +131,12 @@ class Curves(pl.Callback):
         self._write(trainer, wait=True)
         for logger in trainer.loggers:
             logger.save()
-        checkpoint["curves"] = {"interval": _pack(self._interval), "epoch": _pack(self._epoch), "latest": self.latest}
+        self._flush()
+        checkpoint["curves"] = {
+            "interval": self._interval.over_ranks().pack(),
+            "epoch": self._epoch.over_ranks().pack(),
+            "latest": self.latest,
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -97,7 +145,8 @@ class Curves(pl.Callback):
         state = checkpoint["curves"]
         self.latest = state["latest"]
         self._interval, self._epoch = (
-            _unpack(state[name], trainer.strategy.root_device, trainer.is_global_zero) for name in ("interval", "epoch")
+            Sums.unpack(state[name], trainer.strategy.root_device, trainer.is_global_zero)
+            for name in ("interval", "epoch")
         )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,19 +165,33 @@ class Curves(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Offer the means of the epoch to other callbacks (early stopping)."""
         self._write(trainer, wait=True)
-        if self._epoch:
-            self.epoch = _means(*_sums(self._epoch))
+        self._flush()
+        if self._epoch.images:
+            sums = self._epoch.over_ranks().sums
+            assert sums is not None
+            self.epoch = _means(sums, self._epoch.images)
             pl_module.log_dict(self.epoch, logger=False, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the steps since the last point."""
-        if self._interval:
+        self._flush()
+        if self._interval.images and trainer.log_every_n_steps:  # type: ignore[attr-defined] # set outside of __init__
             self._add_point(trainer)
         self._write(trainer, wait=True)
 
+    def _flush(self) -> None:
+        """Sum what the last batches have measured."""
+        if self._pending:
+            measured, self._pending = self._pending, []
+            sums, images = _summed(measured)
+            self._interval.add(sums, images)
+            self._epoch.add(sums, images)
+
     def _add_point(self, trainer: pl.Trainer) -> None:
-        sums, count = _sums(self._interval)
-        self._interval = []
+        self._flush()
+        sums, count = self._interval.over_ranks().sums, self._interval.images
+        assert sums is not None
+        self._interval = Sums()
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         copied = None
@@ -153,32 +216,17 @@ class Curves(pl.Callback):
                 logger.log_metrics(values, step)
 
 
-def _sums(measured: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, int]:
-    """Return loss and hits summed over steps and ranks, ``[2]`` on the device, and the number of images."""
-    losses, correct, totals = zip(*measured, strict=True)
-    dtype = torch.float32 if losses[0].device.type == "mps" else torch.float64
-    sums = torch.stack([torch.stack(losses).to(dtype).sum(), torch.stack(correct).to(dtype).sum()])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums, sum(totals)
-
-
-def _pack(measured: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
-    """Return what each step measured, summed over all ranks: ``sums`` float64 ``[steps, 2]`` and ``images``."""
-    if not measured:
-        return {"sums": torch.zeros((0, 2), dtype=torch.float64), "images": []}
-    losses, correct, totals = zip(*measured, strict=True)
-    dtype = torch.float32 if losses[0].device.type == "mps" else torch.float64
-    sums = torch.stack([torch.stack(losses).to(dtype), torch.stack(correct).to(dtype)], dim=1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return {"sums": sums.cpu(), "images": list(totals)}
-
-
-def _unpack(packed: dict[str, Any], device: torch.device, keep: bool) -> list[tuple[Tensor, Tensor, int]]:
-    """Undo `_pack`: one rank keeps the sums, the others begin with zeros."""
-    sums = (packed["sums"] if keep else torch.zeros_like(packed["sums"])).to(device)
-    return [(loss, correct, images) for (loss, correct), images in zip(sums, packed["images"], strict=True)]
+def _summed(measured: list[tuple[Tensor, Tensor, Tensor, int]]) -> tuple[Tensor, int]:
+    """Return loss and hits summed over this rank's images, ``[2]`` on the device, and the images over all ranks."""
+    means, logits, labels, totals = zip(*measured, strict=True)
+    dtype = torch.float32 if means[0].device.type == "mps" else torch.float64
+    sizes = [len(of_batch) for of_batch in labels]
+    loss = torch.zeros((), dtype=dtype, device=means[0].device)
+    for size in sorted(set(sizes)):  # in almost every case there is one
+        loss += torch.stack([m for m, n in zip(means, sizes, strict=True) if n == size]).to(dtype).sum() * size
+    target = torch.cat(labels)
+    hits = torch.cat(logits).argmax(1) == (target.argmax(1) if target.is_floating_point() else target)
+    return torch.stack([loss, hits.sum().to(dtype)]), sum(totals)
 
 
 def _means(sums: Tensor, count: int) -> dict[str, float]:

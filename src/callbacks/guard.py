@@ -4,7 +4,9 @@ python -m src fit --guard.on_nonfinite rollback
 """
 
 import copy
+import math
 import sys
+from collections import deque
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from src.callbacks.checkpoint import Checkpoint
+from src.callbacks.lookahead import Lookahead
 from src.checkpoint_io import read
 from src.classifier import ImageClassifier
 from src.data.loader import Batch
@@ -25,13 +27,15 @@ from src.live.journal import Journal
 
 MAX_ROLLBACKS = 10
 """After so many in one process a run is given up: the lr is then a thousandth of what was asked for."""
+MAX_LATE = 4
+"""Steps that a GPU may be behind before the host waits for it; their batches are kept until then, to be named."""
 
 
 class Guard(pl.Callback):
     """Looks at the loss and at the norm of the gradient before every optimizer step.
 
     On a CPU nothing non-finite ever reaches the weights. On a GPU to wait for the answer would cost more than it is
-    worth: it is read a step late, and no checkpoint is written before it has been.
+    worth: it is read some steps late, and no checkpoint is written before it has been.
 
     Args:
         on_nonfinite: ``stop`` ends the fit with the step, epoch, images and layer at fault; the last checkpoint is
@@ -46,7 +50,7 @@ class Guard(pl.Callback):
         self.on_nonfinite, self.lr_factor = on_nonfinite, lr_factor
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
-        self._late: tuple[Tensor, torch.cuda.Event, list[Batch], int] | None = None
+        self._late: deque[tuple[Tensor, torch.cuda.Event, list[Batch], int]] = deque()
         self._rollbacks = 0
 
     def on_train_batch_start(
@@ -70,17 +74,18 @@ class Guard(pl.Callback):
         values = losses
         # A scaler of float16 gradients makes them overflow on purpose, and leaves out such a step by itself.
         if getattr(trainer.precision_plugin, "scaler", None) is None:
-            values = [*losses, get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])]
-        finite = torch.stack([v.float() for v in values]).isfinite().all()
-        if finite.is_cuda and trainer.world_size == 1:
-            if self._look_late(trainer, pl_module):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            values = [*losses, *torch._foreach_norm(gradients)]
+        total = torch.stack(values).sum()  # infinite or undefined if one of them is
+        if total.is_cuda and trainer.world_size == 1:
+            if self._look_late(trainer, pl_module, MAX_LATE):
                 return  # this step's numbers come from weights that are gone
-            answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-            answer.copy_(finite, non_blocking=True)
+            answer = torch.empty((), pin_memory=True)
+            answer.copy_(total, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-            self._late = answer, copied, batches, trainer.global_step
-        elif trainer.strategy.reduce_boolean_decision(not bool(finite), all=False):
+            self._late.append((answer, copied, batches, trainer.global_step))
+        elif trainer.strategy.reduce_boolean_decision(not math.isfinite(total), all=False):
             self._act(trainer, pl_module, optimizer, batches, trainer.global_step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,17 +106,16 @@ class Guard(pl.Callback):
                     f"{where}: {name} is not finite after the step, and was not saved; try a smaller model.optimizer.lr"
                 )
 
-    def _look_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Read the answer of the step before; return whether it made a difference."""
-        if self._late is None:
-            return False
-        finite, copied, batches, step = self._late
-        self._late = None
-        copied.synchronize()
-        if bool(finite):
-            return False
-        self._act(trainer, pl_module, trainer.optimizers[0], batches, step)
-        return True
+    def _look_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, most: int = 0) -> bool:
+        """Read the answers that have come, wait for all but some of the others; return whether one was bad."""
+        while self._late and (len(self._late) > most or self._late[0][1].query()):  # type: ignore[no-untyped-call]
+            total, copied, batches, step = self._late.popleft()
+            copied.synchronize()
+            if not math.isfinite(total):
+                self._late.clear()
+                self._act(trainer, pl_module, trainer.optimizers[0], batches, step)
+                return True
+        return False
 
     def _act(
         self,
@@ -160,6 +164,8 @@ class Guard(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
             if isinstance(callback, WeightAveraging):
                 callback.on_load_checkpoint(trainer, pl_module, checkpoint)
+            elif isinstance(callback, Lookahead):
+                callback.roll_back(checkpoint)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer_states"][0]["state"], "param_groups": groups})
         optimizer.zero_grad(set_to_none=True)  # what has no gradient is left alone by the step that follows

@@ -8,6 +8,7 @@ import torch
 
 from src.classifier import ImageClassifier
 from src.data.loader import Batch
+from src.hardware import give_pages_back
 
 
 class Memory(pl.Callback):
@@ -64,6 +65,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _step(trainer: pl.Trainer, module: ImageClassifier, shape: tuple[int, ...]) -> Any:
     if module.device.type == "cuda":
         torch.cuda.empty_cache()
+    give_pages_back()
     ballast = [torch.zeros_like(p) for p in module.parameters() for _ in range(4)]  # optimizer and checkpoint
     images = torch.zeros(shape, device=module.device).to(memory_format=torch.channels_last)
     with trainer.precision_plugin.forward_context():

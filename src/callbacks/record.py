@@ -1,6 +1,8 @@
 """A run's folder, and what is kept in it of what was asked for: config.yaml, and the hparams of TensorBoard."""
 
 import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -64,6 +67,7 @@ class RunLogger(TensorBoardLogger):
                     folder = folder.with_name(f"version_{int(folder.name.removeprefix('version_')) + 1}")
             self._lock = FileLock(folder / ".lock")
             self._lock.acquire(blocking=False)
+            _wait_for_a_later_name(folder)
         except Timeout as error:
             raise Failure(
                 f"{folder}: another process is training this run; stop it first, or start a new one"
@@ -72,6 +76,12 @@ class RunLogger(TensorBoardLogger):
             raise Failure(
                 f"{folder} cannot be written to ({error.strerror}); name another place: --trainer.default_root_dir DIR"
             ) from error
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write all scalars of a step in one record, which takes a fraction of the time that one each would."""
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self.experiment._get_file_writer().add_summary(Summary(value=values), step)  # type: ignore[no-untyped-call]
 
     @rank_zero_only
     def discard(self) -> None:
@@ -91,6 +101,17 @@ class RunLogger(TensorBoardLogger):
             super().finalize(status)
         if self._lock is not None:
             self._lock.release()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Let the second pass in which the newest events file was made: TensorBoard reads them in the order of their names.
+
+    Such a name begins with the second, and in the same one it is the process's number that decides.
+    """
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(second) for second in seconds if second.isdigit()), default=0)
+    if newest == int(time.time()):
+        time.sleep(newest + 1 - time.time())
 
 
 class RunRecord(SaveConfigCallback):

@@ -36,7 +36,7 @@ class Resume(pl.Callback):
 
     def __init__(self, changes: dict[str, list[Any]]) -> None:
         self.changes = changes
-        self._start = 0
+        self._start = self._seed = 0
         self._resumed = False
         self._order: dict[str, Any] = {}
 
@@ -91,6 +91,7 @@ class Resume(pl.Callback):
             Journal(Path(folder) / "live" / "journal.jsonl").append(
                 trainer.global_step, "resume", "config" if now else "", before=before or None, effective=now or None
             )
+        self._seed = _data(trainer).seed
         loader = trainer.train_dataloader
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
             assert isinstance(loader, ResidentLoader)
@@ -100,7 +101,7 @@ class Resume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed what the network draws in this step (dropout): a function of the seed and the step alone."""
-        seed = derive_seed(_data(trainer).seed, "step", trainer.current_epoch, batch_idx, trainer.global_rank)
+        seed = derive_seed(self._seed, "step", trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.default_generator.manual_seed(seed)
         device = pl_module.device
         if device.type == "cuda":

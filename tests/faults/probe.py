@@ -65,7 +65,7 @@ class Probe(pl.Callback):
             batch_idx,
             batch.ids.tolist(),
             hashlib.blake2b(seen, digest_size=8).hexdigest(),
-            float(outputs["summed"]).hex(),
+            float(outputs["mean"]).hex(),
         ]
         with self.file.with_suffix(f".{trainer.global_rank}").open("a") as file:
             file.write(json.dumps(line) + "\n")

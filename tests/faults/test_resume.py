@@ -35,6 +35,10 @@ EMA = {
     "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
     "init_args": {"decay": 0.9, "update_starting_at_epoch": 1},
 }
+LOOKAHEAD = {
+    "class_path": "src.callbacks.lookahead.Lookahead",
+    "init_args": {"every": 2, "decay": 0.9, "power": 1.0},
+}
 HOPELESS = {  # no epoch is ever good enough: it stops after the second
     "class_path": "lightning.pytorch.callbacks.EarlyStopping",
     "init_args": {"monitor": "val/loss", "min_delta": 100.0, "patience": 1},
@@ -62,9 +66,16 @@ RECIPES: dict[str, list[str]] = {
     "no_validation": ["--data.val_size=0", "--data.batch_size=20"],
     "max_steps": [ONE_CYCLE, "--trainer.max_steps=9"],
     "averaged": [ONE_CYCLE],
+    "lookahead": [ONE_CYCLE],
+    "lookahead_accumulated": ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"],
     "early_stopping": ["--trainer.max_epochs=4"],
 }
-CALLBACKS: dict[str, list[dict[str, Any]]] = {"averaged": [EMA], "early_stopping": [HOPELESS]}
+CALLBACKS: dict[str, list[dict[str, Any]]] = {
+    "averaged": [EMA],
+    "lookahead": [LOOKAHEAD],
+    "lookahead_accumulated": [LOOKAHEAD],
+    "early_stopping": [HOPELESS],
+}
 
 STOPS = [
     ("one_cycle", "sanity"),
@@ -97,6 +108,8 @@ STOPS = [
     ("averaged", "val 6"),
     ("averaged", "train 8"),
     ("averaged", "val 12"),
+    ("lookahead", "sanity, train 3, val 6"),
+    ("lookahead_accumulated", "val 1, train 2"),
     ("early_stopping", "train 3"),
     ("early_stopping", "train 8, val 12"),
 ]
