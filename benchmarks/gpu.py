@@ -1,0 +1,147 @@
+"""What is claimed about a GPU, measured; `benchmarks/gpu.sh` does all of it in one go.
+
+    python -m benchmarks.gpu time94 time96 images sync user --root data
+    python -m benchmarks.gpu time94 images sync user --root data --smoke     # on a CPU, tiny: does it run at all?
+
+Results go to benchmarks/results/gpu_NAME.json and .png, or to the folder $OUT. Not measured on a GPU so far.
+
+The recipes take a whole batch at a time here: to accumulate the gradients of parts of it helps the caches of a CPU, and
+nothing else. The momentum of BatchNorm's statistics is that of the parts, taken as often as there were parts.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.paired import CORES, ROOT, Case, alternate, process, write
+
+
+def time94(o: argparse.Namespace) -> None:
+    """Time to 94 % by the clock of the speed-runs: 25 runs of configs/speed94.yaml in one process, after a warm-up.
+
+    CUDA events; whitening, augmentation, training, logging and the evaluation of the test set with six views are in;
+    imports, loading the data, building objects, compiling and the warm-up are out. All 50,000 images, a seed a run.
+    """
+    _recipe(o, "speed94", 25, _what(time94))
+
+
+def time96(o: argparse.Namespace) -> None:
+    """Time to 96 % by the same clock: 4 runs of configs/speed96.yaml."""
+    _recipe(o, "speed96", 4, _what(time96))
+
+
+def images(o: argparse.Namespace) -> None:
+    """Images/s of the small CNN in training at batch 64: the seed's loop, and ours with everything on.
+
+    Data included; ours also compiled into CUDA graphs.
+    """
+    steps, skip = (40, 10) if o.smoke else (2000, 500)
+    seed_steps, seed_skip = (10, 2) if o.smoke else (500, 50)
+    size = [f"--steps={steps}", f"--skip={skip}", f"--block={10 if o.smoke else 250}"]
+    seed = ["seed", f"--steps={seed_steps}", f"--skip={seed_skip}"]
+    cases: dict[str, Case] = {"the seed's loop": lambda _: _run(o, "-m", "benchmarks.loops", *seed)}
+    for more in ([], ["--model.compile=reduce-overhead"]):
+        name = "ours" + (", compiled" if more else "")
+        cases[name] = lambda _, more=more: _run(o, "-m", "benchmarks.steps", "ours", *size, *more)  # type: ignore[misc]
+    pairs = [("images/s", name, "the seed's loop") for name in cases]
+    write("gpu_images", _what(images), "images/s", alternate(cases, 1 if o.smoke else 2), pairs[1:], threads=CORES)
+
+
+def sync(o: argparse.Namespace) -> None:
+    """1,000 steps of configs/cifar10.yaml with everything on, in which each wait of the host for the GPU is an error.
+
+    By ``torch.cuda.set_sync_debug_mode("error")`` around every batch of the Trainer's loop, after 20 steps; what is
+    between batches is not under it: validation, checkpoints, the start of an epoch. Missing means that it failed.
+    """
+    size = ["--steps=30"] if o.smoke else ["--steps=1020"]
+    more = ["--sync_error", "--skip=20", "--block=5"]
+    cases: dict[str, Case] = {"ours": lambda _: _run(o, "-m", "benchmarks.steps", "ours", *size, *more)}
+    found = alternate(cases, 1)
+    write("gpu_sync", _what(sync), "ms a step", found, threads=CORES, passes=not found[1] and not o.smoke)
+
+
+def user(o: argparse.Namespace) -> None:
+    """Time to 94 % by a user's clock: ``python -m src fit --config configs/speed94.yaml``, from start to exit."""
+    cut = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1"] if o.smoke else []
+
+    def fit(_: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["-m", "src", "fit", "--config=configs/speed94.yaml", *_whole_batches("speed94"), *cut]
+            words += [f"--data.root={o.root}", f"--trainer.default_root_dir={folder}"]
+            return process([sys.executable, *words], threads=CORES, terminal=True, timeout=_left(o))
+
+    write("gpu_user", _what(user), "process seconds", alternate({"ours": fit}, 1 if o.smoke else 3), threads=CORES)
+
+
+def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
+    cases: dict[str, Case] = {}
+    if (ROOT / "configs" / f"{name}.yaml").is_file():
+        size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={runs}", "--warm_up=25"]
+        words = ["recipe", f"--config=configs/{name}.yaml", "--eval_batch_size=2000", *size, *_whole_batches(name)]
+        cases["ours"] = lambda _: _run(o, "-m", "benchmarks.steps", *words)
+    samples, missing = alternate(cases, 1)
+    found: list[dict[str, Any]] = samples["ours"][0]["runs"] if samples.get("ours") else []
+    if not cases:
+        missing["ours"] = f"there is no configs/{name}.yaml"
+    keys = ("seconds", "training seconds", "acc tta", "acc") if found else ()
+    means = {k: statistics.mean(run[k] for run in found) for k in keys}
+    stds = {k: statistics.stdev(run[k] for run in found) for k in keys}
+    measured = {"ours": found}, missing
+    write(f"gpu_time{name[-2:]}", what, "seconds", measured, threads=CORES, means=means, standard_deviations=stds)
+
+
+def _whole_batches(name: str) -> list[str]:
+    """Return the options by which a recipe takes each batch whole."""
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    parts = config["trainer"].get("accumulate_grad_batches", 1)
+    options = [f"--data.batch_size={parts * config['data']['init_args']['batch_size']}"]
+    options.append("--trainer.accumulate_grad_batches=1")
+    momentum = config["model"]["network"].get("init_args", {}).get("bn_momentum")
+    if momentum is not None:
+        options.append(f"--model.network.bn_momentum={round(1 - (1 - momentum) ** parts, 3)}")
+    return options
+
+
+def _run(o: argparse.Namespace, *words: str) -> dict[str, Any]:
+    command = [sys.executable, *words, f"--root={o.root}"]
+    return process(command, threads=CORES, terminal="benchmarks.steps" in words, timeout=_left(o))
+
+
+def _left(o: argparse.Namespace) -> float:
+    return max(1.0, float(o.deadline - time.monotonic()))
+
+
+def _what(measurement: Callable[[argparse.Namespace], None]) -> str:
+    return " ".join((measurement.__doc__ or "").split())
+
+
+def command() -> int:
+    """Read the command line, and run."""
+    measurements = {f.__name__: f for f in (time94, time96, images, sync, user)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=measurements, metavar="NAME", help=", ".join(measurements))
+    parser.add_argument("--root", type=lambda p: Path(p).resolve(), default=Path("data").resolve())
+    parser.add_argument("--timeout", type=float, default=150, help="seconds for each; what is late is missing")
+    parser.add_argument("--smoke", action="store_true", help="tiny, and on a CPU too: the figures mean nothing")
+    o = parser.parse_args()
+    if not o.smoke and shutil.which("nvidia-smi") is None:
+        print("there is no GPU here; --smoke tries the script out on a CPU", file=sys.stderr)
+        return 1
+    os.environ["LIVE_CIFAR10_TRACEBACK"] = "1"  # where it was that the host waited
+    for name in o.names:
+        o.deadline = time.monotonic() + o.timeout
+        measurements[name](o)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())
