@@ -21,6 +21,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src import __version__
@@ -280,7 +281,8 @@ class CLI(LightningCLI):
         if self.subcommand == "validate" and self.datamodule.val_size == 0:
             raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
         self.datamodule.check(self.trainer.world_size)
-        if self.datamodule.small_epochs:
+        self._check_monitors()
+        if self.subcommand == "fit" and self.datamodule.small_epochs:
             size = self.datamodule.small_size
             try:
                 with torch.no_grad():
@@ -295,6 +297,20 @@ class CLI(LightningCLI):
                 "model.freeze_backbone: with several devices it needs "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
+
+    def _check_monitors(self) -> None:
+        """Refuse a callback that waits for what nobody measures: Lightning finds it at the first validation."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined] # set outside of __init__
+        waiting = [c for c in callbacks if isinstance(c, EarlyStopping)]
+        if any(c not in waiting and not type(c).__module__.startswith("src.") for c in callbacks):
+            return  # another callback may measure it
+        stages = ("train", "val") if self.trainer.limit_val_batches else ("train",)
+        known = [f"{stage}/{name}" for stage in stages for name in ("loss", "acc")]
+        for callback in waiting:
+            if callback.strict and callback.monitor not in known:
+                raise UsageError(
+                    f"trainer.callbacks.monitor: {callback.monitor!r} is not measured; there are {', '.join(known)}"
+                )
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.trainer.is_global_zero:

@@ -63,6 +63,10 @@ BAD_ARGUMENTS = [
     (["fit", "--data.batch_size", "0"], "data.batch_size: 0 is out of range: at least 1 image"),
     (["fit", "--data.val_size", "1.5"], "data.val_size: 1.5 is out of range: a number of images, or a share in [0, 1)"),
     (["fit", "--data.train_fraction", "0"], "data.train_fraction: 0.0 is out of range: above 0, up to 1"),
+    (
+        ["fit", "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val_loss}}"],
+        "trainer.callbacks.monitor: 'val_loss' is not measured; there are train/loss, train/acc, val/loss, val/acc",
+    ),
     (["fit", "--data.small_size", "40"], "data.small_size: 40 is out of range: 8 to 32 pixels"),
     (["fit", "--data.small_epochs", "1"], "data.small_size: the network takes no images of 24 pixels"),
     (["fit", "--data.val_size", "99999"], "data.val_size: 99999 leaves nothing to train on"),
