@@ -1,7 +1,9 @@
 """What the command line needs beyond its parser: paths gathered, checkpoints found by their names."""
 
+import inspect
 import json
-from collections.abc import Iterable, Sequence
+import pydoc
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,36 @@ def check_nesting(value: Any, name: str, deepest: int = 30, most: int = 100_000)
         if not level:
             return
     raise UsageError(f"config: {name} is nested too deeply, or refers to itself")
+
+
+def misplaced_nulls(config: Any, key: str = "") -> Iterator[str]:
+    """Yield the dotted keys of arguments of classes that are null and must not be: the parser lets these pass."""
+    if isinstance(config, list):
+        for item in config:
+            yield from misplaced_nulls(item, key)
+    elif isinstance(config, dict):
+        for name, value in config.items():
+            dotted = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            yield from misplaced_nulls(value, dotted)
+        arguments = config.get("init_args") if config.get("class_path") else None
+        for name in [name for name, value in (arguments or {}).items() if value is None]:
+            if not _may_be_null(str(config["class_path"]), name):
+                yield f"{key}.{name}"
+
+
+def _may_be_null(path: str, name: str) -> bool:
+    """Return whether an argument of a class, or of a class it is derived from, may be null; so if it is not known."""
+    found = pydoc.locate(path)
+    for base in inspect.getmro(found) if isinstance(found, type) else ():
+        try:
+            parameter = inspect.signature(base).parameters.get(name)
+        except ValueError:  # a class written in C
+            continue
+        if parameter is not None:
+            kinds = str(parameter.annotation)
+            unknown = parameter.annotation is parameter.empty
+            return parameter.default is None or unknown or "None" in kinds or "Optional" in kinds
+    return True
 
 
 def _items(value: Any) -> Iterable[Any]:

@@ -24,6 +24,14 @@ BAD_ARGUMENTS = [
     (["fit", "--model.optimizer.lr", "fast"], "model.optimizer.lr: 'fast' is not valid; expected a number"),
     (["fit", "--trainer.precision", "9-true"], "trainer.precision: '9-true' is not valid; expected"),
     (["fit", "--seed_everything", "true"], "seed_everything: give a whole number"),
+    (["fit", "--chunk_size", "0"], "chunk_size: 0 is out of range: at least 1 step"),
+    (["fit", "--data.split_seed=null"], "data.split_seed: null is not valid; leave it out to have the default"),
+    (["fit", "--data.batch_size=null"], "data.batch_size: null is not valid"),
+    (["fit", "--model.optimizer.lr=null"], "model.optimizer.lr: null is not valid"),
+    (
+        ["fit", "--data.augment=[{class_path: RandomCrop, init_args: {padding: null}}]"],
+        "data.augment.padding: null is not valid",
+    ),
     (["fit", "--seed_everything", "-1"], "seed_everything: -1 is out of range: at least 0, below 2**32"),
     (["fit", "--model.network", "{class_path: CNN"], "model.network: "),
     (
@@ -232,3 +240,12 @@ def test_weights_of_another_network_are_refused_by_the_tensor(
     error = capsys.readouterr().err
     assert error.startswith("error: ckpt_path: the checkpoint holds another network")
     assert "network.features" in error
+
+
+def test_an_optimizer_that_refuses_the_first_step_leaves_no_run_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--model.optimizer=SparseAdam"]) == 2
+    assert capsys.readouterr().err.startswith("error: model.optimizer: SparseAdam does not support dense gradients")
+    assert list(tmp_path.rglob("version_*")) == []

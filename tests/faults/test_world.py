@@ -29,6 +29,8 @@ OWN = "--model.network=tests.faults.breakers.Weak"  # a class that a checkpoint 
 class Waiter(pl.Callback):
     """Holds a fit up before its sixth step."""
 
+    between_chunks = False
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
@@ -140,6 +142,8 @@ def test_a_run_that_cannot_be_written_to_is_named_by_an_evaluation(tmp_path: Pat
 class Slow(pl.Callback):
     """Makes each step last longer than 60 ms."""
 
+    between_chunks = False
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
@@ -218,13 +222,15 @@ def test_a_validation_that_does_not_fit_into_memory_names_its_own_batch_size(tmp
 
 @linux
 def test_a_network_that_leaves_no_memory_for_a_single_image_says_so(tmp_path: Path) -> None:
-    args = ["fit", *BIG, "--model.network=ResNet", "--trainer.max_steps=1"]
+    args = ["fit", *BIG, "--model.network=ResNet", "--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0"]
     line = refused(Child(with_little_memory, 120, args, cwd=tmp_path).wait())
     assert line.startswith("out of memory with data.batch_size 10")
 
 
 class Squeezer(pl.Callback):
     """Leaves a fit no memory for another copy of its weights once a step has been taken."""
+
+    between_chunks = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
