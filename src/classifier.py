@@ -185,7 +185,8 @@ class ImageClassifier(pl.LightningModule):
         """Return the loss of a batch; of this rank's images, their mean loss and logits."""
         logits = self._trained[0](self._layout(batch.images)).float()
         mean = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        share = len(batch.ids) * self.trainer.world_size / batch.total
+        own = len(batch.ids)
+        share = 1 if own == batch.total else own * self.trainer.world_size / batch.total
         kept = logits.detach()
         if self._trained[0] is not self.network:
             kept = kept.clone()  # a CUDA graph writes its output over that of the step before

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src import __version__
-from src.arguments import config_texts, find_checkpoint, join_paths, only, run_folder
+from src.arguments import config_texts, find_checkpoint, join_paths, misplaced_nulls, only, run_folder
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
@@ -100,6 +100,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]) -> None:
+        self._words = args
         self.checkpoint: Path | None = None
         self.changes: dict[str, list[Any]] = {}
         self.resumed: Path | None = None
@@ -133,6 +134,12 @@ class CLI(LightningCLI):
         for action in parser._subcommands_action._choices_actions:  # Lightning puts its own, longer texts there
             action.help = _HELP[action.dest]
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        first = next(iter(self._words), "")
+        if first in ("-h", "--help", *_SUBCOMMANDS) and first != subcommand:
+            return self.init_parser(**kwargs)  # its name will do: to tell its options takes a tenth of a second
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint's settings, the defaults and the links."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -142,6 +149,14 @@ class CLI(LightningCLI):
             type=bool,
             default=False,
             help="Let a resumed fit write into a folder of its own, not its run's.",
+        )
+        parser.add_argument(
+            "--chunk_size",
+            type=int,
+            default=1,
+            help="Optimizer steps that a fit takes in one go. Signals, checkpoints, the progress bar and the guard "
+            "against infinite numbers wait for the end of a chunk; the weights and the curves stay the same. It "
+            "pays with small batches, whose steps take less time than to look after them.",
         )
         parser.set_defaults(
             {"model.network": {"class_path": "src.networks.CNN"}, "data": {"class_path": "src.data.Shapes10"}}
@@ -180,6 +195,10 @@ class CLI(LightningCLI):
             if type(value) is int and abs(value) >= 2**63:
                 dotted = key.replace("/init_args", "").replace("/", ".")
                 raise UsageError(f"{dotted}: {float(value):.3g} is out of range: whole numbers are below 2**63")
+        for key in misplaced_nulls(self.config[command].as_dict()):
+            raise UsageError(f"{key}: null is not valid; leave it out to have the default")
+        if command == "fit" and self.config.fit.chunk_size < 1:
+            raise UsageError(f"chunk_size: {self.config.fit.chunk_size} is out of range: at least 1 step")
         self._check_trainer(self.config[command].trainer)
 
     def _note_changes(self, stored: dict[str, Any], step: int) -> None:
@@ -273,7 +292,7 @@ class CLI(LightningCLI):
             config["enable_model_summary"] = False
         trainer = self._instantiate_trainer(config, callbacks)
         if self.subcommand == "fit" and not config["barebones"]:
-            StepLoop.install(trainer)
+            StepLoop.install(trainer, self._get(self.config_init, "chunk_size"))
         return trainer
 
     def after_instantiate_classes(self) -> None:
@@ -341,6 +360,10 @@ class CLI(LightningCLI):
         if isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error)):
             rank = self.trainer.global_rank
             raise Failure(f"another process of this run has ended, so this one (rank {rank}) ends too") from error
+        if _raised_in(error, "torch", "optim"):
+            if self.resumed is None and self.trainer.global_step == 0 and isinstance(self.trainer.logger, RunLogger):
+                self.trainer.logger.discard()
+            raise UsageError(f"model.optimizer: {error}") from error
         if self.trainer._checkpoint_connector._loaded_checkpoint:  # it has not been restored to the end
             if self.resumed is None and isinstance(self.trainer.logger, RunLogger):
                 self.trainer.logger.discard()
@@ -393,10 +416,10 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _from_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised an error: then it is about what was asked of it, not a bug of ours."""
+def _raised_in(error: BaseException, *package: str) -> bool:
+    """Return whether a package itself raised an error: then it is about what was asked of it, not a bug of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and f"{os.sep}lightning{os.sep}pytorch{os.sep}" in frames[-1].filename
+    return bool(frames) and "/".join(["", *package, ""]) in Path(frames[-1].filename).as_posix()
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -416,6 +439,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         cli = CLI(list(sys.argv[1:] if args is None else args))
     except Interrupted as error:
+        _leave_group()
         if _get_rank():  # the first process answers for all; Lightning would kill it for what others return
             return 0
         sys.stderr.write(f"{error}\n")
@@ -432,10 +456,17 @@ def main(args: Sequence[str] | None = None) -> int:
     except RecursionError:
         return _refuse(UsageError("config: it is nested too deeply, or refers to itself"))
     except (MisconfigurationException, ValueError, RuntimeError) as error:
-        if not isinstance(error, MisconfigurationException) and not _from_lightning(error):
+        if not isinstance(error, MisconfigurationException) and not _raised_in(error, "lightning", "pytorch"):
             raise
         return _refuse(UsageError(str(error)))
+    _leave_group()
     return 1 if cli.subcommand == "predict" and cli.predictions.unreadable else 0
+
+
+def _leave_group() -> None:
+    """End gloo's threads before Python does: else they now and then abort the process (torch issue 190489)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _refuse(error: UsageError | Failure) -> int:

@@ -5,9 +5,11 @@ than a small network needs on a GPU. This loop takes the same steps, calls the s
 on the same counters; `tests/test_step_loop.py` holds it to that. Whatever it does not know it leaves to Lightning.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,32 +19,72 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # What is called around a batch, by the callbacks alone: a module that has one of these is left to Lightning.
 _HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
           "on_before_optimizer_step", "on_train_batch_end")  # fmt: skip
+_AROUND = ("on_train_batch_start", "on_train_batch_end")
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _WRAPPERS = ("backward", "optimizer_step", "optimizer_zero_grad", *_TRANSFERS)
 
 Hook = Callable[..., Any]
 
 
-class StepLoop(_TrainingEpochLoop):
-    """Takes a step in a fraction of the time that Lightning's own loop takes on top of the step itself."""
+class Epoch(NamedTuple):
+    """What the steps of an epoch need, looked up once: a small network's step takes less time than looking.
 
-    _hooks: dict[str, list[Hook]] | None = None
+    Attributes:
+        optimizer: The only one.
+        parameters: All that it trains.
+        schedule: What is stepped with it, if that is a single schedule; None leaves schedules to Lightning.
+        every: Batches whose gradients an optimizer step gathers.
+        autocast: What a forward pass runs under.
+        inner_step: The optimizer's step as it is called within a chunk.
+        hooks: The callbacks' methods, by name.
+        inner_hooks: Those that are called within a chunk too.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameters: list[torch.nn.Parameter]
+    schedule: Any
+    every: int
+    autocast: AbstractContextManager[Any]
+    inner_step: Callable[[Callable[[], torch.Tensor]], Any]
+    hooks: dict[str, list[Hook]]
+    inner_hooks: dict[str, list[Hook]]
+
+
+class StepLoop(_TrainingEpochLoop):
+    """Takes a step in a fraction of the time that Lightning's own loop takes on top of the step itself.
+
+    Attributes:
+        chunk_size: Optimizer steps that are taken in one go, at least 1. Chunks end at multiples of it, and wherever
+            a validation or the epoch's end follows. Within one, callbacks that say ``between_chunks = True`` are not
+            called for each batch, and the guard does not look. Weights and curves are the same whatever the size.
+            A callback of your own that says ``between_chunks``, True or False, and logs nothing through the module
+            from its batch hooks, is taken along; any other has the fit left to Lightning's own loop.
+        mid_chunk: Whether the step that is being taken is followed by another of the same chunk.
+    """
+
+    chunk_size = 1
+    mid_chunk = False
+    _first = True
+    _epoch: Epoch | None = None
     _validates: bool | None = None
 
     @classmethod
-    def install(cls, trainer: pl.Trainer) -> None:
+    def install(cls, trainer: pl.Trainer, chunk_size: int = 1) -> None:
         """Give a Trainer this loop, before it has run."""
         own = trainer.fit_loop.epoch_loop
-        trainer.fit_loop.epoch_loop = cls(trainer, own.min_steps, own.max_steps)
+        loop = cls(trainer, own.min_steps, own.max_steps)
+        loop.chunk_size = chunk_size
+        trainer.fit_loop.epoch_loop = loop
 
     @property
     def global_step(self) -> int:
         """The number of optimizer steps: what callbacks ask for ten times a step."""
-        if self._hooks is None:
+        if self._epoch is None:
             return super().global_step
         return self.automatic_optimization.optim_progress.optimizer.step.total.completed
 
@@ -51,48 +93,87 @@ class StepLoop(_TrainingEpochLoop):
         try:
             super().run(data_fetcher)
         finally:
-            self._hooks = self._validates = None
+            self._epoch = self._validates = None
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """At the start of an epoch, find out which way to go."""
         super().on_run_start(data_fetcher)
         self._validates = self._should_check_val_epoch()
+        self.mid_chunk, self._first = False, True
         if self._is_plain(data_fetcher):
-            callbacks = self.trainer.callbacks
-            self._hooks = {name: [getattr(c, name) for c in callbacks if _overrides(c, name)] for name in _HOOKS}
+            trainer, callbacks = self.trainer, self.trainer.callbacks
+            optimizer = trainer.optimizers[0]
+            stepped = [c for c in trainer.lr_scheduler_configs if c.interval == "step"]
+            alone = len(trainer.lr_scheduler_configs) == len(stepped) == 1 and stepped[0].frequency == 1
+            waiting = [c for c in callbacks if getattr(c, "between_chunks", False)]
+            hooks = {name: _methods(name, callbacks) for name in _HOOKS}
+            inner = {name: _methods(name, [c for c in callbacks if c not in waiting]) for name in _AROUND}
+            self._epoch = Epoch(
+                optimizer=optimizer,
+                parameters=[p for group in optimizer.param_groups for p in group["params"]],
+                schedule=stepped[0].scheduler if alone else None,
+                every=trainer.accumulate_grad_batches,
+                autocast=_forward_context(trainer),
+                inner_step=_inner_step(optimizer),
+                hooks=hooks,
+                inner_hooks=hooks | inner,
+            )
+        elif self.chunk_size > 1:
+            self.chunk_size = 1
+            if self.trainer.is_global_zero:
+                why = "more is for one device, without a profiler or callbacks of your own"
+                sys.stdout.write(f"note: chunk_size: 1 is taken; {why}\n")
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Take one batch, as Lightning would."""
-        hooks = self._hooks
-        if hooks is None or self.restarting:
+        """Take batches, as Lightning would, up to the next that is followed by more than another batch."""
+        epoch = self._epoch
+        if epoch is None or self.restarting:
             super().advance(data_fetcher)
             return
-        trainer = self.trainer
-        module = trainer.lightning_module
-        optimizer = trainer.optimizers[0]
         self.val_loop.restarting = False
+        trainer = self.trainer
+        while True:
+            accumulates = self._take(data_fetcher, epoch)
+            if not self.mid_chunk and (
+                self.done
+                or trainer.should_stop
+                or trainer.received_sigterm
+                or self._skip_next_val
+                or self._should_check_val_fx(data_fetcher)
+            ):
+                return
+            if not accumulates:
+                self._batches_that_stepped += 1
+
+    def _take(self, data_fetcher: _DataFetcher, epoch: Epoch) -> bool:
+        """Take one batch; return whether its gradient waits for those of others."""
+        trainer, optimizer = self.trainer, epoch.optimizer
+        module = trainer.lightning_module
+        progress = self.automatic_optimization.optim_progress.optimizer
+        batches = self.batch_progress
         batch = next(data_fetcher)[0]
-        batch_idx = self.batch_progress.current.ready
-        self.batch_progress.is_last_batch = data_fetcher.done
-        self.batch_progress.increment_ready()
+        batch_idx = batches.current.ready
+        batches.is_last_batch = data_fetcher.done
+        batches.increment_ready()
+        accumulates = self._should_accumulate()
+        self.mid_chunk = self.chunk_size > 1 and not self._ends_chunk(data_fetcher, accumulates)
+        hooks = epoch.hooks if self._first else epoch.inner_hooks
         for hook in hooks["on_train_batch_start"]:
             hook(trainer, module, batch, batch_idx)
-        self.batch_progress.increment_started()
-        every = trainer.accumulate_grad_batches
-        accumulates = self._should_accumulate()
-        progress = self.automatic_optimization.optim_progress.optimizer
+        batches.increment_started()
         output: dict[str, Any] = {}
 
         def gradients() -> torch.Tensor:
-            with _forward_context(trainer):
+            with epoch.autocast:
                 output.update(module.training_step(batch, batch_idx))
-            loss: torch.Tensor = output["loss"] / every if every > 1 else output["loss"]
-            if batch_idx % every == 0:
+            loss: torch.Tensor = output["loss"] / epoch.every if epoch.every > 1 else output["loss"]
+            if batch_idx % epoch.every == 0:
                 progress.zero_grad.increment_ready()
                 for hook in hooks["on_before_zero_grad"]:
                     hook(trainer, module, optimizer)
                 progress.zero_grad.increment_started()
-                optimizer.zero_grad()
+                for parameter in epoch.parameters:  # as `zero_grad` does, at a tenth of its time
+                    parameter.grad = None
                 progress.zero_grad.increment_completed()
             for hook in hooks["on_before_backward"]:
                 hook(trainer, module, loss)
@@ -112,25 +193,30 @@ class StepLoop(_TrainingEpochLoop):
             gradients()
         else:
             progress.step.increment_ready()
-            optimizer.step(gradients)
+            step: Hook = optimizer.step if self._first else epoch.inner_step
+            step(gradients)
             progress.step.increment_completed()
-        self.batch_progress.increment_processed()
-        if not accumulates and trainer.lr_scheduler_configs:
+        batches.increment_processed()
+        if not accumulates and epoch.schedule is not None:
+            self.scheduler_progress.increment_ready()
+            module.lr_scheduler_step(epoch.schedule, None)
+            self.scheduler_progress.increment_completed()
+        elif not accumulates and trainer.lr_scheduler_configs:
             self._update_learning_rates("step", update_plateau_schedulers=False)
         if self._num_ready_batches_reached():
             self._update_learning_rates("epoch", update_plateau_schedulers=False)
+        hooks = epoch.inner_hooks if self.mid_chunk else epoch.hooks
         for hook in hooks["on_train_batch_end"]:
             hook(trainer, module, output, batch, batch_idx)
-        self.batch_progress.increment_completed()
+        batches.increment_completed()
+        self._first = not self.mid_chunk
+        return accumulates
 
-    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        """Validate when it is time."""
-        trainer = self.trainer
-        ends = trainer.should_stop or trainer.received_sigterm
-        if self._hooks is None or ends or self._skip_next_val or self._should_check_val_fx(data_fetcher):
-            super().on_advance_end(data_fetcher)
-        elif not self._should_accumulate():
-            self._batches_that_stepped += 1
+    def _ends_chunk(self, data_fetcher: _DataFetcher, accumulates: bool) -> bool:
+        """Return whether the batch that has just been drawn is the last of its chunk."""
+        step = self.global_step + 1
+        steps = not accumulates and (step % self.chunk_size == 0 or step == self.max_steps)
+        return steps or self._num_ready_batches_reached() or self._should_check_val_fx(data_fetcher)
 
     def _should_check_val_epoch(self) -> bool:
         """Return what has been found out at the start of the epoch."""
@@ -148,17 +234,36 @@ class StepLoop(_TrainingEpochLoop):
             and not scales
             and isinstance(trainer.profiler, PassThroughProfiler)
             and not isinstance(data_fetcher, _DataLoaderIterDataFetcher)
+            and type(trainer.optimizers[0]).zero_grad is torch.optim.Optimizer.zero_grad  # it is done here
             and module.automatic_optimization
             and not stepped
             and not any(is_overridden(name, module) for name in (*_HOOKS, *_WRAPPERS))
             and not any(is_overridden(name, trainer.datamodule) for name in _TRANSFERS)
-            # Those of a user may log from a hook, which needs what is left out here.
-            and all(type(c).__module__.startswith(("src.", "lightning.pytorch.")) for c in trainer.callbacks)
+            # Those of a user may log from a hook, which needs what is left out here, if they do not say that they know.
+            and all(
+                type(c).__module__.startswith(("src.", "lightning.pytorch.")) or hasattr(c, "between_chunks")
+                for c in trainer.callbacks
+            )
         )
 
 
-def _overrides(callback: pl.Callback, name: str) -> bool:
-    return getattr(type(callback), name) is not getattr(pl.Callback, name) or name in vars(callback)
+def _methods(name: str, callbacks: list[pl.Callback]) -> list[Hook]:
+    """Return a method of all callbacks that have one of their own."""
+    own = [c for c in callbacks if getattr(type(c), name) is not getattr(pl.Callback, name) or name in vars(c)]
+    return [getattr(callback, name) for callback in own]
+
+
+def _inner_step(optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], torch.Tensor]], Any]:
+    """Return an optimizer's step without what torch wraps it in for profilers and hooks, if nobody has set a hook.
+
+    These take a third of the time of a step of a few small parameters.
+    """
+    wrapped: Any = type(optimizer).step
+    hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks,
+             optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)  # fmt: skip
+    if any(hooks) or not getattr(wrapped, "hooked", False):
+        return cast(Hook, optimizer.step)
+    return partial(wrapped.__wrapped__, optimizer)
 
 
 def _forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:

@@ -6,8 +6,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import src.cli
+from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.curves import Curves
 from src.step_loop import StepLoop
 from tests.conftest import TINY
@@ -34,7 +37,7 @@ def fit(folder: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, *, ou
     calls: list[Any] = []
     with monkeypatch.context() as patch:
         if not ours:
-            patch.setattr(StepLoop, "install", lambda _: None)
+            patch.setattr(StepLoop, "install", lambda *_: None)
         for name in HOOKS:
             own = getattr(Curves, name)
 
@@ -73,6 +76,77 @@ def test_it_takes_the_steps_that_lightning_takes(way: str, tmp_path: Path, monke
     assert all(torch.equal(ours["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
 
 
+CURVES = ("train/loss", "train/acc", "val/loss", "val/acc", "lr")
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the curves of a run."""
+    events = EventAccumulator(str(folder / "lightning_logs" / "version_0"))
+    events.Reload()
+    return {
+        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"] if name in CURVES
+    }
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "by epoch"])
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_the_size_of_a_chunk_changes_no_weight_and_no_point(
+    chunk_size: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = watch(monkeypatch)
+    chunked, calls = fit(tmp_path / "chunked", [*WAYS[way], f"--chunk_size={chunk_size}"], monkeypatch, ours=True)
+    single, single_calls = fit(tmp_path / "single", WAYS[way], monkeypatch, ours=True)
+    assert taken and all(taken), "our loop was not taken"
+    assert calls == single_calls, "a callback that has not said so was left out"
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "epoch"):
+        assert repr(chunked[key]) == repr(single[key]), key
+    assert all(torch.equal(chunked["state_dict"][name], single["state_dict"][name]) for name in single["state_dict"])
+    assert points(tmp_path / "chunked") == points(tmp_path / "single")
+
+
+def test_a_chunk_ends_at_multiples_of_its_size_and_before_a_validation_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+
+    def spy(_: Checkpoint, trainer: pl.Trainer, *__: Any) -> None:
+        ends.append(trainer.global_step)
+
+    monkeypatch.setattr(Checkpoint, "on_train_batch_end", spy)
+    options = ["--chunk_size=4", "--trainer.val_check_interval=3", "--trainer.max_steps=11"]
+    fit(tmp_path, options, monkeypatch, ours=True)
+    assert ends == [3, 4, 6, 8, 9, 11]
+
+
+def test_checkpoints_are_written_at_the_first_chunk_that_ends_when_they_are_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    own = Checkpoint._save
+
+    def spy(self: Checkpoint, trainer: Any, name: str, position: Any) -> None:
+        if position == "batch":
+            saved.append(trainer.global_step)
+        own(self, trainer, name, position)
+
+    monkeypatch.setattr(Checkpoint, "_save", spy)
+    options = ["--chunk_size=4", "--checkpoint.every_n_steps=3", "--trainer.max_epochs=1", "--data.batch_size=20"]
+    fit(tmp_path, options, monkeypatch, ours=True)
+    assert saved == [4, 8, 12]
+
+
+def test_hooks_that_are_set_on_optimizers_are_called_in_a_chunk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        fit(tmp_path, ["--chunk_size=4"], monkeypatch, ours=True)
+    finally:
+        handle.remove()
+    assert len(steps) == 12
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -82,11 +156,12 @@ def test_it_takes_the_steps_that_lightning_takes(way: str, tmp_path: Path, monke
     ],
 )
 def test_what_it_does_not_know_it_leaves_to_lightning(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken = watch(monkeypatch)
-    fit(tmp_path, [option], monkeypatch, ours=True)
+    fit(tmp_path, [option, "--chunk_size=4"], monkeypatch, ours=True)
     assert taken and not any(taken)
+    assert capsys.readouterr().out.count("note: chunk_size: 1 is taken; ") == 1
 
 
 class OfTheUser(pl.Callback):

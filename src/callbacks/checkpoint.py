@@ -29,6 +29,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         every_n_minutes: Minutes from one ``last.ckpt`` to the next within an epoch, above 0; null: not by the clock.
     """
 
+    between_chunks = True
+
     def __init__(
         self,
         monitor: Literal["val/acc", "val/loss"] = "val/acc",
@@ -73,8 +75,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """Write the last checkpoint when it is due; if a validation or the epoch's end follows, after that."""
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
-        self._step = trainer.global_step
-        if self._is_due(trainer):
+        before, self._step = self._step, trainer.global_step
+        if self._is_due(trainer, before):
             self._due = True
         loop = trainer.fit_loop.epoch_loop
         if self._due and not loop._num_ready_batches_reached() and not validation_follows(trainer):
@@ -133,8 +135,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if isinstance(io := trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
             io.wait()
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+    def _is_due(self, trainer: pl.Trainer, before: int) -> bool:
+        if self.every_n_steps and trainer.global_step // self.every_n_steps > before // self.every_n_steps:
             return True
         if self.every_n_minutes is None:
             return False

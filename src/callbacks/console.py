@@ -24,6 +24,8 @@ class LiveBar(RichProgressBar):
         curves: Where the values come from; reading them costs no synchronisation with the device.
     """
 
+    between_chunks = True
+
     def __init__(self, curves: Curves) -> None:
         theme = RichProgressBarTheme(metrics_text_delimiter="  ")
         super().__init__(refresh_rate=2, leave=True, theme=theme)

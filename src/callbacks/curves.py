@@ -150,8 +150,10 @@ class Curves(pl.Callback):
         )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock of images/s."""
+        """Stop the clock of images/s, and let all points be seen: the next may be long in coming."""
         self._since -= time.perf_counter()
+        for logger in trainer.loggers:
+            logger.save()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the clock of images/s run on, and log what validation found, at the step whose weights it judged."""

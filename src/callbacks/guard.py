@@ -30,12 +30,17 @@ MAX_ROLLBACKS = 10
 MAX_LATE = 4
 """Steps that a GPU may be behind before the host waits for it; their batches are kept until then, to be named."""
 
+_NONE = torch.empty(0)
+Measured = tuple[list[Tensor], list[Batch], int]
+"""The losses and norms of gradients of an optimizer step, the batches it was taken on, and the steps before it."""
+
 
 class Guard(pl.Callback):
     """Looks at the loss and at the norm of the gradient before every optimizer step.
 
     On a CPU nothing non-finite ever reaches the weights. On a GPU to wait for the answer would cost more than it is
-    worth: it is read some steps late, and no checkpoint is written before it has been.
+    worth: it is read some steps late, and no checkpoint is written before it has been. So it is with ``chunk_size``
+    above 1: the steps of a chunk are looked at before its last is taken.
 
     Args:
         on_nonfinite: ``stop`` ends the fit with the step, epoch, images and layer at fault; the last checkpoint is
@@ -50,7 +55,8 @@ class Guard(pl.Callback):
         self.on_nonfinite, self.lr_factor = on_nonfinite, lr_factor
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
-        self._late: deque[tuple[Tensor, torch.cuda.Event, list[Batch], int]] = deque()
+        self._chunk: list[Measured] = []
+        self._late: deque[tuple[Tensor, torch.cuda.Event, list[Measured]]] = deque()
         self._rollbacks = 0
 
     def on_train_batch_start(
@@ -72,31 +78,43 @@ class Guard(pl.Callback):
         if self.on_nonfinite == "ignore":
             return
         values = losses
+        mid_chunk = getattr(trainer.fit_loop.epoch_loop, "mid_chunk", False)
+        if mid_chunk:  # a gradient that is not finite shows in the losses after it; the images would only take room
+            batches = [batch._replace(images=_NONE) for batch in batches]
         # A scaler of float16 gradients makes them overflow on purpose, and leaves out such a step by itself.
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
+        elif getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             values = [*losses, *torch._foreach_norm(gradients)]
-        total = torch.stack(values).sum()  # infinite or undefined if one of them is
+        self._chunk.append((values, batches, trainer.global_step))
+        if not mid_chunk:
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at what the steps since the last look have measured; on a GPU, send it to the host."""
+        chunk, self._chunk = self._chunk, []
+        total = torch.stack([value for values, *_ in chunk for value in values]).sum()
         if total.is_cuda and trainer.world_size == 1:
             if self._look_late(trainer, pl_module, MAX_LATE):
-                return  # this step's numbers come from weights that are gone
+                return  # these steps' numbers come from weights that are gone
             answer = torch.empty((), pin_memory=True)
             answer.copy_(total, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-            self._late.append((answer, copied, batches, trainer.global_step))
-        elif trainer.strategy.reduce_boolean_decision(not math.isfinite(total), all=False):
-            self._act(trainer, pl_module, optimizer, batches, trainer.global_step)
+            self._late.append((answer, copied, chunk))
+            return
+        bad = not math.isfinite(total)  # infinite or undefined if one of its parts is
+        if trainer.strategy.reduce_boolean_decision(bad, all=False) if trainer.world_size > 1 else bad:
+            self._act(trainer, pl_module, chunk)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On a GPU, read the answer that is still under way."""
-        self._look_late(trainer, pl_module)
+        """Read the answers that are due."""
+        self._settle(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """See that what is saved is finite; on a GPU, read the answer that is still under way."""
-        self._look_late(trainer, pl_module)
+        """See that what is saved is finite."""
+        self._settle(trainer, pl_module)
         if self.on_nonfinite == "ignore":
             return
         for name, tensor in checkpoint["state_dict"].items():
@@ -106,26 +124,27 @@ class Guard(pl.Callback):
                     f"{where}: {name} is not finite after the step, and was not saved; try a smaller model.optimizer.lr"
                 )
 
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at what a chunk has left that ended within an accumulation; on a GPU, wait for what is under way."""
+        if self._chunk:
+            self._look(trainer, pl_module)
+        self._look_late(trainer, pl_module)
+
     def _look_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, most: int = 0) -> bool:
         """Read the answers that have come, wait for all but some of the others; return whether one was bad."""
         while self._late and (len(self._late) > most or self._late[0][1].query()):  # type: ignore[no-untyped-call]
-            total, copied, batches, step = self._late.popleft()
+            total, copied, chunk = self._late.popleft()
             copied.synchronize()
             if not math.isfinite(total):
                 self._late.clear()
-                self._act(trainer, pl_module, trainer.optimizers[0], batches, step)
+                self._act(trainer, pl_module, chunk)
                 return True
         return False
 
-    def _act(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        optimizer: torch.optim.Optimizer,
-        batches: list[Batch],
-        step: int,
-    ) -> None:
+    def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, chunk: list[Measured]) -> None:
         assert isinstance(pl_module, ImageClassifier)
+        finite = (all(math.isfinite(value) for value in values) for values, *_ in chunk)
+        _, batches, step = next((m for m, good in zip(chunk, finite, strict=True) if not good), chunk[-1])
         fault, batch = first_nonfinite(pl_module, batches)
         ids = ", ".join(map(str, batch.ids[:8].tolist())) + (", …" if len(batch.ids) > 8 else "")
         where = f"step {step + 1}, epoch {trainer.current_epoch + 1}: {fault} (batch of the images {ids})"
@@ -147,7 +166,7 @@ class Guard(pl.Callback):
             )
         self._rollbacks += 1
         assert callback is not None
-        self._roll_back(trainer, pl_module, optimizer, last, where)
+        self._roll_back(trainer, pl_module, trainer.optimizers[0], last, where)
         callback.request()
 
     def _roll_back(
@@ -210,7 +229,7 @@ def first_nonfinite(model: ImageClassifier, batches: list[Batch]) -> tuple[str, 
         if not list(module.children()):
             module.register_forward_hook(partial(look, name))
     with torch.no_grad(), model.trainer.precision_plugin.forward_context(), suppress(RuntimeError):
-        for batch in batches:
+        for batch in (b for b in batches if len(b.images)):
             if not batch.images.isfinite().all():
                 return "an image of the batch is not finite", batch
             network(batch.images)

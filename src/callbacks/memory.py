@@ -14,6 +14,8 @@ from src.hardware import give_pages_back
 class Memory(pl.Callback):
     """When a step does not fit into memory, tries smaller ones and adds to the error what does."""
 
+    between_chunks = True
+
     def __init__(self) -> None:
         self._batch: tuple[tuple[int, ...], int] | None = None
 

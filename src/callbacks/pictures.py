@@ -16,6 +16,8 @@ from src.data import Batch, ImageData
 class Pictures(pl.Callback):
     """Logs the first batch of a fit as it is trained on, and the confusion matrix at every validation end."""
 
+    between_chunks = True
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:

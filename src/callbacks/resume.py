@@ -8,6 +8,7 @@ and the step. What a checkpoint holds besides weights and optimizer is where in 
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ Position = Literal["batch", "validated", "validation", "epoch", "cut short"]
 """Where a run is saved: after a batch; after the validation that followed one; before that validation; after all that
 an epoch does; or after an epoch that ``max_steps`` has cut short."""
 
+_SEEDS = 64
 _CUT = ("data.val_size", "train_fraction", "samples_per_class", "split_seed")
 
 
@@ -39,6 +41,8 @@ class Resume(pl.Callback):
         self._start = self._seed = 0
         self._resumed = False
         self._order: dict[str, Any] = {}
+        self._reseeds: list[Callable[[int], Any]] = []
+        self._seeds: dict[int, int] = {}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -92,22 +96,32 @@ class Resume(pl.Callback):
                 trainer.global_step, "resume", "config" if now else "", before=before or None, effective=now or None
             )
         self._seed = _data(trainer).seed
+        self._reseeds = [torch.default_generator.manual_seed]
+        device = pl_module.device
+        if device.type == "cuda":
+            self._reseeds.append(torch.cuda.default_generators[device.index or 0].manual_seed)
+        elif device.type == "mps":
+            self._reseeds.append(torch.mps.manual_seed)
         loader = trainer.train_dataloader
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
             assert isinstance(loader, ResidentLoader)
             loader.start_at(self._start)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the seeds of another epoch."""
+        self._seeds = {}
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed what the network draws in this step (dropout): a function of the seed and the step alone."""
-        seed = derive_seed(self._seed, "step", trainer.current_epoch, batch_idx, trainer.global_rank)
-        torch.default_generator.manual_seed(seed)
-        device = pl_module.device
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        elif device.type == "mps":
-            torch.mps.manual_seed(seed)
+        if batch_idx not in self._seeds:  # many at a time, which is several times as fast
+            clock = (self._seed, "step", trainer.current_epoch)
+            coming = range(batch_idx, batch_idx + _SEEDS)
+            self._seeds = {i: derive_seed(*clock, i, trainer.global_rank) for i in coming}
+        seed = self._seeds.pop(batch_idx)
+        for reseed in self._reseeds:
+            reseed(seed)
         if self._resumed:  # Lightning counts the batch in which it resumes twice, for loggers that go by it
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._resumed = False

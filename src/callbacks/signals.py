@@ -24,6 +24,8 @@ _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") i
 class Signals(pl.Callback):
     """Ends a fit at a step boundary when a signal has come; a second SIGINT ends it at once."""
 
+    between_chunks = True
+
     def __init__(self) -> None:
         self.received = 0
         self._launcher: Any = None

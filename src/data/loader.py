@@ -42,12 +42,15 @@ class Normalize:
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
-        self.shift = torch.tensor([255 * m for m in mean], device=device)
-        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+        self.shift = torch.tensor([255 * m for m in mean], device=device).expand(1, 1, 3)
+        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).expand(1, 1, 3)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Map uint8 ``[b, h, w, 3]`` to float32 ``[b, 3, h, w]`` in channels_last layout, which takes no copy."""
-        return ((pixels.float() - self.shift) * self.scale).permute(0, 3, 1, 2)
+        if self.shift.shape != pixels.shape[1:]:  # a whole image of them is 2.5 times as fast as three numbers are
+            shape = pixels.shape[1:]
+            self.shift, self.scale = (t[-1, -1].expand(shape).contiguous() for t in (self.shift, self.scale))
+        return pixels.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
 
 
 class ResidentLoader:

@@ -1,8 +1,10 @@
 """What the tests of this folder break a fit with: a network, callbacks, and processes that may be killed."""
 
 import json
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -78,6 +80,25 @@ class Weak(Network):
         return logits
 
 
+class WeakOnce(Weak):
+    """In the training step `at`, from 1, gives an output that is no number, or sends its process a signal."""
+
+    def __init__(self, num_classes: int = 10, at: int = 0, what: Literal["NaN", "SIGTERM"] = "NaN") -> None:
+        super().__init__(num_classes)
+        self.at, self.what, self.seen = at, what, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``[b, num_classes]``."""
+        logits = super().forward(images)
+        self.seen += self.training
+        if not self.training or self.seen != self.at:
+            return logits
+        if self.what == "NaN":
+            return logits * math.nan
+        os.kill(os.getpid(), signal.SIGTERM)
+        return logits
+
+
 class Start(NamedTuple):
     """What stood at the start of a batch."""
 
@@ -100,6 +121,8 @@ class Spoiler(pl.Callback):
         rank: The only process to do so; -1 for all.
         end: The batch before which the fit fails; -1 for never.
     """
+
+    between_chunks = False  # so that the fit takes the steps it takes without this callback
 
     def __init__(self, at: list[int] | None = None, where: Where = "output", rank: int = -1, end: int = -1) -> None:
         self.at, self.where, self.rank, self.end = at or [], where, rank, end

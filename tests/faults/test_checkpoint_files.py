@@ -230,6 +230,8 @@ def test_a_full_disk_ends_the_fit_and_leaves_the_checkpoint_that_was_there(small
 class Filler(pl.Callback):
     """Fills the disk after a number of steps, to the last byte."""
 
+    between_chunks = False
+
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -492,6 +494,8 @@ def test_a_url_is_not_a_checkpoint(url: str, tmp_path: Path) -> None:
 
 class Keeper(pl.Callback):
     """Has something to keep that is not plain."""
+
+    between_chunks = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"plain": 1, "things": [0, {"path": Path("a")}]}

@@ -293,3 +293,29 @@ def test_the_lines_of_a_journal_are_plain_json() -> None:
     assert json.loads(journal.path.read_text()).keys() == {
         "seq", "step", "time", "kind", "name", "before", "requested", "effective", "crc",
     }  # fmt: skip
+
+
+# Four steps an epoch: the sixth is in the middle of a chunk.
+CHUNK = [*SMALL, "--chunk_size=4", "--model.network=tests.faults.breakers.WeakOnce", "--model.network.at=6"]
+
+
+def test_what_goes_wrong_within_a_chunk_is_told_at_its_end_and_reaches_no_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["fit", *CHUNK]) == 1
+    line = capsys.readouterr().err.removeprefix("error: ")
+    assert line.startswith("step 6, epoch 2: weight first.weight is not finite (batch of the images "), line
+    assert f"the last finite checkpoint is {LAST}" in line
+    checkpoint = read(LAST)
+    assert checkpoint["global_step"] == 4
+    assert same(checkpoint["state_dict"], checkpoint["state_dict"])
+
+
+def test_a_rollback_within_a_chunk_takes_the_weights_of_the_last_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *CHUNK, ROLLBACK, "--trainer.max_epochs=3"]) == 0
+    assert "warning: step 6, epoch 2: " in capsys.readouterr().err
+    (line,) = rollbacks()
+    assert (line["step"], line["before"] / line["effective"]) == (7, 2)
+    checkpoint = read(LAST)
+    assert checkpoint["global_step"] == 12
+    assert same(checkpoint["state_dict"], checkpoint["state_dict"])

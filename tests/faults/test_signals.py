@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from src.checkpoint_io import manifest
+from src.checkpoint_io import manifest, read
 from tests.conftest import REPOSITORY, run_src
+from tests.faults import breakers
 from tests.faults.probe import SMALL, assert_same_run, batches, fit, probed
 
 RUN = Path("lightning_logs/version_0")
@@ -54,6 +56,25 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
     assert fit("--ckpt_path", LAST, *probed(Path("log"))).status == 0
     assert batches(Path("log")) == batches(reference / "log")
     assert_same_run(RUN, reference / RUN)
+
+
+def test_a_signal_within_a_chunk_waits_for_its_end(tmp_path: Path) -> None:
+    network = "--model.network=tests.faults.breakers.WeakOnce"
+    whole = [*breakers.SMALL, "--trainer.val_check_interval=3", network]
+    run_src("fit", *whole, "--trainer.default_root_dir=whole", cwd=tmp_path)
+    done = run_src(
+        "fit",
+        *whole,
+        "--chunk_size=4",
+        "--model.network.at=5",
+        "--model.network.what=SIGTERM",
+        cwd=tmp_path,
+        status=143,
+    )
+    assert done.stderr == f"stopped by SIGTERM at step 7; go on with: python -m src fit --ckpt_path {LAST}\n"
+    run_src("fit", "--ckpt_path", LAST, "--chunk_size=2", network, cwd=tmp_path)
+    weights = [read(tmp_path / folder / LAST)["state_dict"] for folder in (".", "whole")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_a_second_sigint_ends_at_once_a_step_that_never_does(tmp_path: Path) -> None:
