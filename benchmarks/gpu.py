@@ -1,7 +1,7 @@
 """What is claimed about a GPU, measured; `benchmarks/gpu.sh` does all of it in one go.
 
-    python -m benchmarks.gpu time94 time96 images sync user --root data
-    python -m benchmarks.gpu time94 images sync user --root data --smoke     # on a CPU, tiny: does it run at all?
+    python -m benchmarks.gpu time94 time96 images sync user resume --root data
+    python -m benchmarks.gpu time94 images sync user resume --root data --smoke    # on a CPU, tiny: does it run?
 
 Results go to benchmarks/results/gpu_NAME.json and .png, or to the folder $OUT. Not measured on a GPU so far.
 
@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.paired import CORES, ROOT, Case, alternate, process, write
@@ -42,15 +44,16 @@ def time96(o: argparse.Namespace) -> None:
 def images(o: argparse.Namespace) -> None:
     """Images/s of the small CNN in training at batch 64: the seed's loop, and ours with everything on.
 
-    Data included; ours also compiled into CUDA graphs.
+    Data included; ours also in chunks of ten steps, and compiled into CUDA graphs.
     """
     steps, skip = (40, 10) if o.smoke else (2000, 500)
     seed_steps, seed_skip = (10, 2) if o.smoke else (500, 50)
     size = [f"--steps={steps}", f"--skip={skip}", f"--block={10 if o.smoke else 250}"]
     seed = ["seed", f"--steps={seed_steps}", f"--skip={seed_skip}"]
     cases: dict[str, Case] = {"the seed's loop": lambda _: _run(o, "-m", "benchmarks.loops", *seed)}
-    for more in ([], ["--model.compile=reduce-overhead"]):
-        name = "ours" + (", compiled" if more else "")
+    ways = {"": [], ", in chunks": ["--chunk_size=10"], ", compiled": ["--model.compile=reduce-overhead"]}
+    for way, more in ways.items():
+        name = "ours" + way
         cases[name] = lambda _, more=more: _run(o, "-m", "benchmarks.steps", "ours", *size, *more)  # type: ignore[misc]
     pairs = [("images/s", name, "the seed's loop") for name in cases]
     write("gpu_images", _what(images), "images/s", alternate(cases, 1 if o.smoke else 2), pairs[1:], threads=CORES)
@@ -80,6 +83,37 @@ def user(o: argparse.Namespace) -> None:
             return process([sys.executable, *words], threads=CORES, terminal=True, timeout=_left(o))
 
     write("gpu_user", _what(user), "process seconds", alternate({"ours": fit}, 1 if o.smoke else 3), threads=CORES)
+
+
+def resume(o: argparse.Namespace) -> None:
+    """Whether a deterministic fit that is killed (SIGKILL) and resumed ends with the weights of one that was not.
+
+    configs/cifar10_regularized.yaml (dropout, BatchNorm, OneCycle, flips, crops), 1,000 steps, killed when its first
+    checkpoint, of step 100, is there. Weights are compared to the last bit.
+    """
+    steps, every = (12, 4) if o.smoke else (1000, 100)
+    options = ["--config=configs/cifar10_regularized.yaml", f"--data.root={o.root}", f"--trainer.max_steps={steps}"]
+    options += [f"--checkpoint.every_n_steps={every}", "--trainer.deterministic=true", "--data.val_size=0"]
+
+    def fit(_: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [Path(folder) / name for name in ("whole", "killed")]
+            lasts = [run / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt" for run in runs]
+            command = [sys.executable, "-m", "src", "fit"]
+            whole, killed = ([*command, *options, f"--trainer.default_root_dir={run}"] for run in runs)
+            took = process(whole, threads=CORES, timeout=_left(o))
+            child = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL)
+            while not lasts[1].is_file() and child.poll() is None and _left(o) > 1:
+                time.sleep(0.001)
+            child.kill()
+            child.wait()
+            at = torch.load(lasts[1], weights_only=True)["global_step"]
+            process([*command, f"--ckpt_path={lasts[1]}"], threads=CORES, timeout=_left(o))
+            one, two = (torch.load(last, weights_only=True)["state_dict"] for last in lasts)
+            differ = sum(not torch.equal(one[name], two[name]) for name in one)
+            return took | {"killed after step": at, "tensors that differ": differ}
+
+    write("gpu_resume", _what(resume), "tensors that differ", alternate({"ours": fit}, 1), threads=CORES)
 
 
 def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
@@ -126,7 +160,7 @@ def _what(measurement: Callable[[argparse.Namespace], None]) -> str:
 
 def command() -> int:
     """Read the command line, and run."""
-    measurements = {f.__name__: f for f in (time94, time96, images, sync, user)}
+    measurements = {f.__name__: f for f in (time94, time96, images, sync, user, resume)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=measurements, metavar="NAME", help=", ".join(measurements))
     parser.add_argument("--root", type=lambda p: Path(p).resolve(), default=Path("data").resolve())

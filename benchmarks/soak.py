@@ -65,6 +65,8 @@ class Trace(pl.Callback):
             ``["saved", step]`` when training goes on, and ``[step, ids, loss]`` after each step.
     """
 
+    between_chunks = False  # so that the fit takes the steps it takes without this callback
+
     def __init__(self, folder: Path) -> None:
         self.file = folder / "trace.jsonl"
         self._saving = False

@@ -125,6 +125,7 @@ def overhead(o: argparse.Namespace) -> None:
         "bare Trainer": _steps(o, "bare", *options),
         "usual script": _steps(o, "usual", *options),
         "ours": _steps(o, "ours", *options),
+        "ours, chunks of 10 steps": _steps(o, "ours", *options, "--chunk_size=10"),
     }
     keys = ("ms a step", "processor ms a step")
     pairs = [(key, case, "by hand") for key in keys for case in cases if case != "by hand"]

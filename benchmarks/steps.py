@@ -49,6 +49,7 @@ from src.data import CIFAR10, Augmentation, ResidentLoader
 from src.data.loader import Normalize
 from src.hardware import default_precision, device_type, keep_pages
 from src.networks import Network
+from src.step_loop import StepLoop
 from src.views import Views, average_views
 
 DEVICE = torch.device(device_type("auto"))
@@ -315,20 +316,22 @@ def _watched(
 
     def watched(fit_loop: Any) -> None:
         loop = fit_loop.epoch_loop
-        advance = loop.advance
+        name = "_take" if isinstance(loop, StepLoop) else "advance"
+        advance = getattr(loop, name)
 
-        def batch(fetcher: Any) -> None:
+        def batch(*arguments: Any) -> Any:
             strict = strict_from is not None and DEVICE.type == "cuda" and loop.global_step >= strict_from
             if strict:
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                advance(fetcher)
+                result = advance(*arguments)
             finally:
                 if strict:
                     torch.cuda.set_sync_debug_mode("default")
             note(loop.global_step)
+            return result
 
-        loop.advance = batch
+        setattr(loop, name, batch)
         begin()
         run(fit_loop)
 
