@@ -44,7 +44,7 @@ class CNN(Network):
             layers += _conv3x3(width_in, width_out, separable=conv == "separable" and i > 0, bias=norm == "none")
             if norm == "batch":
                 layers.append(nn.BatchNorm2d(width_out))
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.MaxPool2d(2), nn.ReLU()]  # the same as the other way round, at a quarter of the ReLU's work
         self.features = nn.Sequential(*layers)
         self.neck = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(256 * 2 * 2, 512), nn.ReLU())
         self.dropout = nn.Dropout(dropout)
