@@ -155,7 +155,9 @@ def tensorboard(run: Path) -> Iterator[str]:
     from tensorboard import program
 
     server = program.TensorBoard()
-    server.configure(argv=[None, "--logdir", str(run), "--port", "0", "--load_fast", "false"])
+    # Its thread outlives this test: it is to read once, and not to look for the run from another test's folder.
+    once = ["--load_fast", "false", "--reload_interval", "0"]
+    server.configure(argv=[None, "--logdir", str(run.resolve()), "--port", "0", *once])
     yield server.launch()
 
 
