@@ -254,10 +254,7 @@ def _methods(name: str, callbacks: list[pl.Callback]) -> list[Hook]:
 
 
 def _inner_step(optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], torch.Tensor]], Any]:
-    """Return an optimizer's step without what torch wraps it in for profilers and hooks, if nobody has set a hook.
-
-    These take a third of the time of a step of a few small parameters.
-    """
+    """Return an optimizer's step without what torch wraps it in for profilers and hooks, if nobody has set a hook."""
     wrapped: Any = type(optimizer).step
     hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks,
              optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)  # fmt: skip

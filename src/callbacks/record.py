@@ -19,7 +19,8 @@ from torch.utils.tensorboard.summary import hparams
 from src.errors import Failure
 
 _THICK, _HELD = 0.05, 0.25
-"""Points come thick if they are less than so many seconds apart; and how long they are then held, at most."""
+"""Points come thick if they are less than so many seconds apart; they are then written together, once so many seconds
+have passed: with the next point, a validation, a checkpoint or the end of the run, whichever comes first."""
 
 
 class RunLogger(TensorBoardLogger):

@@ -308,7 +308,7 @@ def test_what_goes_wrong_within_a_chunk_is_told_at_its_end_and_reaches_no_checkp
     assert f"the last finite checkpoint is {LAST}" in line
     checkpoint = read(LAST)
     assert checkpoint["global_step"] == 4
-    assert same(checkpoint["state_dict"], checkpoint["state_dict"])
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
 
 
 def test_a_rollback_within_a_chunk_takes_the_weights_of_the_last_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,4 +318,4 @@ def test_a_rollback_within_a_chunk_takes_the_weights_of_the_last_checkpoint(caps
     assert (line["step"], line["before"] / line["effective"]) == (7, 2)
     checkpoint = read(LAST)
     assert checkpoint["global_step"] == 12
-    assert same(checkpoint["state_dict"], checkpoint["state_dict"])
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
