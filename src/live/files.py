@@ -1,0 +1,70 @@
+"""Files that several processes share: written as a whole, read within bounds, and no links followed.
+
+Who may write to a run's folder may steer it, but must not reach other files with the trainer's rights.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file beside its place and rename it into it: who looks sees the old one or the new one, whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, mode)
+    try:
+        write_all(file, content)
+    finally:
+        os.close(file)
+    partial.replace(path)
+
+
+def write_all(file: int, content: bytes | memoryview) -> None:
+    """Write all bytes to an open file."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not a plain file, or larger; says so.
+    """
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path.name} is not a file")
+        if found.st_size > most:
+            raise ValueError(f"{path.name} has {found.st_size:,} bytes; {most:,} are the most")
+        return os.read(file, most)
+    finally:
+        os.close(file)
+
+
+def open_lock(path: Path) -> int:
+    """Open a file to hold its lock; it is made if it is not there.
+
+    Raises:
+        OSError: If it cannot be.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o644)
+
+
+def open_to_append(path: Path) -> int:
+    """Open a file to write at its end; it is made if it is not there.
+
+    Raises:
+        OSError: If it cannot be.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINKS, 0o666)
