@@ -28,7 +28,7 @@ from torch import Tensor
 from src.arguments import check_nesting
 from src.errors import Failure, UsageError
 
-FORMAT = 1
+FORMAT = 2
 """What a checkpoint of this version of the project holds; raised whenever an older one cannot be gone on with."""
 
 TRUSTED = ("src.", "torch.optim.", "lightning.pytorch.")

@@ -6,6 +6,9 @@ What the hot path measures (loss, hits) stays on the device; `src.callbacks.curv
 """
 
 import copy
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
@@ -48,6 +51,7 @@ class ImageClassifier(pl.LightningModule):
     Attributes:
         confusion_matrix: Of the last validation or test: images by true class (row) and prediction (column), int64.
         lr_scale: What every lr has been multiplied by since the run began.
+        schedule_lrs: The lr of each parameter group as the schedule has it, if `lr_scale` is not 1.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class ImageClassifier(pl.LightningModule):
         self.label_smoothing = label_smoothing
         self.freeze_backbone, self.backbone_lr = freeze_backbone, backbone_lr
         self.lr_scale = 1.0
+        self.schedule_lrs: list[float] = []
         self.channels_last, self.tta = channels_last, tta
         # In a list, as it is no part of this module: its weights are those of the network.
         self._trained = [network if compile is None else torch.compile(network, mode=compile)]
@@ -125,7 +130,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the lr has been multiplied by, and the hyper-parameters that were asked for."""
-        checkpoint["lr_scale"], checkpoint["asked"] = self.lr_scale, self._asked()
+        checkpoint["lr_scale"], checkpoint["schedule_lrs"] = self.lr_scale, self.schedule_lrs
+        checkpoint["asked"] = self.asked()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another network, by the name of a tensor that differs."""
@@ -146,8 +152,12 @@ class ImageClassifier(pl.LightningModule):
         What is asked for as before is left to the checkpoint: a schedule may have changed it since. A new lr scales
         what the schedule had made of the old one.
         """
-        self.lr_scale = checkpoint["lr_scale"]
-        before, now = checkpoint["asked"], self._asked()
+        before, now = checkpoint["asked"], self.asked()
+        scale, lrs = checkpoint["lr_scale"], checkpoint["schedule_lrs"]
+        numbers = [scale, *lrs] if isinstance(lrs, list) else [None]
+        if not all(isinstance(n, float) and 0 <= n < math.inf for n in numbers) or (scale != 1 and not lrs):
+            raise Failure("ckpt_path: the checkpoint's lr_scale and schedule_lrs are not those of a schedule")
+        self.lr_scale, self.schedule_lrs = scale, lrs
         ratios = []
         for state in checkpoint["optimizer_states"]:
             if not len(state["param_groups"]) == len(before) == len(now):
@@ -160,26 +170,48 @@ class ImageClassifier(pl.LightningModule):
                 for key in ("lr", "initial_lr"):
                     if key in found:
                         found[key] = found[key] * ratios[-1] if was["lr"] else wanted["lr"] * self.lr_scale
+        if self.schedule_lrs:
+            lrs = zip(self.schedule_lrs, before, now, ratios, strict=True)
+            self.schedule_lrs = [lr * ratio if was["lr"] else wanted["lr"] for lr, was, wanted, ratio in lrs]
         for state in checkpoint["lr_schedulers"]:
             if "base_lrs" in state:
                 state["base_lrs"] = [lr * ratio for lr, ratio in zip(state["base_lrs"], ratios, strict=True)]
 
-    def _asked(self) -> list[dict[str, Any]]:
+    def asked(self) -> list[dict[str, Any]]:
         """Return the hyper-parameters of each parameter group as they are asked for."""
         groups = self._build_optimizer().param_groups
         return [{k: v for k, v in group.items() if k != "params"} for group in groups]
 
     def scale_lr(self, factor: float) -> None:
-        """Multiply every lr by a factor, for the rest of the run; a schedule keeps its shape."""
-        self.lr_scale *= factor
+        """Multiply every lr by a factor, for the rest of the run; a schedule keeps its shape.
+
+        A schedule goes on with the lrs that it has made itself (see `_step_schedule`), which is why it need not know.
+        """
         for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                for key in ("lr", "initial_lr"):
-                    if key in group:
-                        group[key] *= factor
+            if self.lr_scale == 1:
+                self.schedule_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+            self.lr_scale *= factor
+            for group, lr in zip(optimizer.param_groups, self.schedule_lrs, strict=True):
+                group["lr"] = lr * self.lr_scale
+
+    def _step_schedule(self, step: Callable[[], None]) -> None:
+        """Step a schedule: what it has made of the lr, times the scale, is the lr."""
+        if self.lr_scale == 1:
+            step()
+            return
+        groups = self.trainer.optimizers[0].param_groups
+        for group, lr in zip(groups, self.schedule_lrs, strict=True):
+            group["lr"] = lr
+        step()
+        self.schedule_lrs = [float(group["lr"]) for group in groups]
+        for group, lr in zip(groups, self.schedule_lrs, strict=True):
+            group["lr"] = lr * self.lr_scale
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Say, in the middle of a fit, how many optimizer steps it will take in all."""
         for config in self.trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [lr * factor for lr in config.scheduler.base_lrs]
+            if isinstance(config.scheduler, OneCycle):
+                config.scheduler.stretch(total_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch; of this rank's images, their mean loss and logits."""
@@ -198,6 +230,13 @@ class ImageClassifier(pl.LightningModule):
     def on_train_start(self) -> None:
         """Freeze or thaw the backbone also where a fit is resumed in the middle of an epoch."""
         self.on_train_epoch_start()
+        if self.lr_scale != 1:  # a schedule that was restored may have set its own lr
+            groups = self.trainer.optimizers[0].param_groups
+            for config in self.trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, OneCycle):
+                    self.schedule_lrs = [float(lr) for lr in config.scheduler.get_lr()]
+            for group, lr in zip(groups, self.schedule_lrs, strict=True):
+                group["lr"] = lr * self.lr_scale
 
     def on_train_epoch_start(self) -> None:
         """Freeze or thaw the backbone: a function of the epoch alone."""
@@ -231,12 +270,13 @@ class ImageClassifier(pl.LightningModule):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             for config in self.trainer.lr_scheduler_configs:
                 if config.reduce_on_plateau:
-                    config.scheduler.step(float(self.eval_loss.compute()))  # type: ignore[arg-type] # a loss, not an epoch
+                    loss: Any = float(self.eval_loss.compute())
+                    self._step_schedule(partial(config.scheduler.step, loss))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step a schedule; one that goes by the loss has been stepped by the validation, before anything is saved."""
         if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            super().lr_scheduler_step(scheduler, metric)
+            self._step_schedule(scheduler.step)
 
     def on_test_epoch_end(self) -> None:
         """Sum the confusion matrix over all ranks."""
@@ -262,7 +302,6 @@ class ImageClassifier(pl.LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, OneCycle):
-            scheduler.base_lrs = [lr * self.lr_scale for lr in scheduler.base_lrs]  # of a run that was rolled back
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         config: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

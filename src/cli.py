@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from src import __version__
-from src.arguments import config_texts, find_checkpoint, join_paths, misplaced_nulls, only, run_folder
+from src.arguments import check_nesting, config_texts, find_checkpoint, join_paths, misplaced_nulls, only, run_folder
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
@@ -34,15 +34,19 @@ from src.callbacks.guard import Guard
 from src.callbacks.memory import Memory, is_out_of_memory
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
+from src.callbacks.publish import Publish
 from src.callbacks.record import RunLogger, RunRecord
 from src.callbacks.report import Report
 from src.callbacks.resume import Resume
 from src.callbacks.signals import Signals
+from src.callbacks.steering import Steering
 from src.checkpoint_io import TRUSTED, VerifiedCheckpointIO, class_paths, leaves, read, stored_config
 from src.classifier import ImageClassifier
 from src.data import ImageData
-from src.errors import Failure, Interrupted, UsageError
+from src.errors import Failure, Interrupted, UsageError, refuse
 from src.hardware import default_precision, describe, device_type, keep_pages, refuse_precision
+from src.live.replay import replayed
+from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, explain, full_key
 from src.step_loop import StepLoop
 
@@ -90,7 +94,7 @@ class Parser(LightningArgumentParser):
         error = UsageError(explain(message, keys, Parser.command_line, config_texts(Parser.command_line)))
         error.__cause__ = ex
         # The parser takes an exception inside a nested class for one more alternative that did not fit; not an exit.
-        raise SystemExit(_refuse(error))
+        raise SystemExit(refuse(error))
 
 
 class CLI(LightningCLI):
@@ -118,6 +122,8 @@ class CLI(LightningCLI):
                 "prog": "python -m src",
                 "version": __version__,
                 "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
+                "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 changes "
+                "how it trains; see python -m src watch --help and steer --help.",
                 **{name: {"description": text} for name, text in _HELP.items()},
             },
             args=args,
@@ -138,7 +144,16 @@ class CLI(LightningCLI):
         first = next(iter(self._words), "")
         if first in ("-h", "--help", *_SUBCOMMANDS) and first != subcommand:
             return self.init_parser(**kwargs)  # its name will do: to tell its options takes a tenth of a second
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_argument(
+                "--live",
+                type=Path | None,
+                default=None,
+                help="The folder of a run that trains now: its config and its weights of this moment are taken, "
+                "instead of a checkpoint's.",
+            )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint's settings, the defaults and the links."""
@@ -158,6 +173,22 @@ class CLI(LightningCLI):
             "against infinite numbers wait for the end of a chunk; the weights and the curves stay the same. It "
             "pays with small batches, whose steps take less time than to look after them.",
         )
+        parser.add_argument(
+            "--publish_every_n_steps",
+            type=int | None,
+            default=10,
+            help="Optimizer steps from one publication of the weights in shared memory to the next, for watch and "
+            "predict --live; null: none.",
+        )
+        parser.add_argument(
+            "--steering", type=bool, default=True, help="Let a fit be steered while it trains, see steer --help."
+        )
+        parser.add_argument(
+            "--replay",
+            type=Path | None,
+            default=None,
+            help="The folder of a run, whose interventions this fit makes again at their steps.",
+        )
         parser.set_defaults(
             {"model.network": {"class_path": "src.networks.CNN"}, "data": {"class_path": "src.data.Shapes10"}}
         )
@@ -171,20 +202,28 @@ class CLI(LightningCLI):
         Parser.command_line = args
         texts = config_texts(args)
         # Which data set and network the other options are of is in the checkpoint.
-        finds = ("--config", "-c", "--ckpt_path", "--trainer.default_root_dir")
+        finds = ("--config", "-c", "--ckpt_path", "--live", "--trainer.default_root_dir")
         options = {word.partition("=")[0] for word in args}
-        look = "--ckpt_path" in options and not options & {"--print_config", "--help", "-h"}
+        look = bool(options & {"--ckpt_path", "--live"}) and not options & {"--print_config", "--help", "-h"}
         self.config = parser.parse_args(only(args, finds) if look else args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
-        if ckpt_path is None:
+        where = args.index(command) + 1 if command in args else 0
+        self.live = self.config[command].get("live")
+        if self.live is not None:
+            if ckpt_path is not None:
+                raise UsageError("ckpt_path and live exclude each other: give one of them")
+            base = yaml.safe_dump(_inherited(_config_of(self.live), command), sort_keys=False)
+            self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
+        elif ckpt_path is None:
             if command != "fit":
-                raise UsageError(f"{command} needs weights: give --ckpt_path best, last, or a file")
+                raise UsageError(
+                    f"{command} needs weights: give --ckpt_path best, last, or a file, or --live and a run that trains"
+                )
         else:
             runs = Path(self.config[command].trainer.default_root_dir or ".") / "lightning_logs"
             self.checkpoint = find_checkpoint(str(ckpt_path), runs)
             content = read(self.checkpoint)
-            where = args.index(command) + 1
             said = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
             stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]))
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
@@ -199,6 +238,12 @@ class CLI(LightningCLI):
             raise UsageError(f"{key}: null is not valid; leave it out to have the default")
         if command == "fit" and self.config.fit.chunk_size < 1:
             raise UsageError(f"chunk_size: {self.config.fit.chunk_size} is out of range: at least 1 step")
+        if command == "fit":
+            every, replay = self.config.fit.publish_every_n_steps, self.config.fit.replay
+            if every is not None and every < 1:
+                raise UsageError(f"publish_every_n_steps: {every} is out of range: at least 1 step, or null")
+            if replay is not None:
+                replayed(replay)
         self._check_trainer(self.config[command].trainer)
 
     def _note_changes(self, stored: dict[str, Any], step: int) -> None:
@@ -258,15 +303,20 @@ class CLI(LightningCLI):
         if config["barebones"]:
             pass  # Lightning measures itself: no logger, no callbacks
         elif self.subcommand == "fit":
-            curves = Curves()
+            curves, signals = Curves(), Signals()
+            steered = bool(self._get(self.config_init, "steering"))
+            replay = self._get(self.config_init, "replay")
             callbacks = [
-                Resume(self.changes),
+                Resume(self.changes, forks=self.checkpoint is not None and self.resumed is None),
                 curves,
                 Pictures(),
                 self._get(self.config_init, "guard"),
                 Memory(),
-                Signals(),
+                signals,
+                Steering(steered, replay, self.changes, signals, lambda: curves.latest),
             ]
+            if (every := self._get(self.config_init, "publish_every_n_steps")) is not None:
+                callbacks.append(Publish(every))
             if self.model.hparams["compile"] is not None:
                 callbacks.append(Compiling())
             if config["enable_progress_bar"] is not False:
@@ -278,8 +328,10 @@ class CLI(LightningCLI):
             if config["logger"] in (None, True):
                 config["logger"] = RunLogger(Path(config["default_root_dir"] or "."), self.resumed, self.step)
         else:
-            assert self.checkpoint is not None
-            folder = run_folder(self.checkpoint)
+            folder = self.live
+            if self.checkpoint is not None:
+                folder = run_folder(self.checkpoint)
+            assert folder is not None
             self.predictions = Predictions(folder)
             callbacks = [self.predictions if self.subcommand == "predict" else Report(folder)]
             config |= {"logger": False, "enable_checkpointing": False}
@@ -309,6 +361,9 @@ class CLI(LightningCLI):
             except RuntimeError as error:
                 raise UsageError(f"data.small_size: the network takes no images of {size} pixels") from error
             self.model.network.train()
+        if self.live is not None:
+            with LiveWeights.open(self.live) as reader:
+                self.take(reader.read(verify=True))
         # DDP waits for every gradient unless it is told that parameters come to life late.
         kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
         if self.model.freeze_backbone and self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
@@ -316,6 +371,17 @@ class CLI(LightningCLI):
                 "model.freeze_backbone: with several devices it needs "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
+
+    def take(self, version: Version) -> None:
+        """Give the network the weights of a run that trains, and the callbacks their step."""
+        try:
+            self.model.network.load_state_dict(version.best)
+        except RuntimeError as error:
+            raise Failure(f"live: {self.live} trains another network than the config asks for ({error})") from error
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
+            if isinstance(callback, Report):
+                callback.step = version.step
+        self.version = version
 
     def _check_monitors(self) -> None:
         """Refuse a callback that waits for what nobody measures: Lightning finds it at the first validation."""
@@ -340,6 +406,8 @@ class CLI(LightningCLI):
             _say(f"{line}; {remark}" if remark else line)
             if self.checkpoint is not None:
                 _say(f"checkpoint: {self.checkpoint}")
+            if self.live is not None:
+                _say(f"weights: {self.live}, {age_text(self.version)}")
         with warnings.catch_warnings():
             if subcommand == "fit":  # our points go on from epoch to epoch, however short an epoch is
                 warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
@@ -407,6 +475,27 @@ def _inherited(stored: dict[str, Any], command: str) -> dict[str, Any]:
     return kept | {"trainer": {"precision": stored.get("trainer", {}).get("precision")}}
 
 
+def _config_of(run: Path) -> dict[str, Any]:
+    """Return the config of a run."""
+    path = run / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_nesting(config, str(path))
+    except OSError as error:
+        raise Failure(f"live: {run} is not the folder of a run: it has no config.yaml") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise Failure(f"{path} cannot be read: it is not valid YAML") from error
+    sections = [config.get(key, {}) for key in ("model", "data", "trainer")] if isinstance(config, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise Failure(f"{path} is not the config of a run")
+    return dict(config)
+
+
+def age_text(version: Version) -> str:
+    """Say of which step weights are, and how old."""
+    return f"step {version.step:,}, {version.age_steps:,} steps ({version.age_seconds:.1f} s) old"
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
@@ -422,11 +511,12 @@ def _raised_in(error: BaseException, *package: str) -> bool:
     return bool(frames) and "/".join(["", *package, ""]) in Path(frames[-1].filename).as_posix()
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = CLI) -> int:
     """Run a sub-command.
 
     Args:
         args: The command line without the program's name; by default the one of this process.
+        build: Makes of the command line what runs it.
 
     Returns:
         The exit status: 0; 1 for a failure; 2 for a command that cannot be. Set ``LIVE_CIFAR10_TRACEBACK=1`` to see
@@ -437,7 +527,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # Raised inside Lightning: Lightning issue 21326.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     try:
-        cli = CLI(list(sys.argv[1:] if args is None else args))
+        cli = build(list(sys.argv[1:] if args is None else args))
     except Interrupted as error:
         _leave_group()
         if _get_rank():  # the first process answers for all; Lightning would kill it for what others return
@@ -448,17 +538,17 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write("stopped by SIGINT before the first step; nothing was saved\n")
         return 130
     except (UsageError, Failure) as error:
-        return _refuse(error)
+        return refuse(error)
     except (OSError, ImportError) as error:
-        return _refuse(Failure(str(error)))
+        return refuse(Failure(str(error)))
     except OverflowError as error:
-        return _refuse(UsageError(f"a number is out of range: {error}"))
+        return refuse(UsageError(f"a number is out of range: {error}"))
     except RecursionError:
-        return _refuse(UsageError("config: it is nested too deeply, or refers to itself"))
+        return refuse(UsageError("config: it is nested too deeply, or refers to itself"))
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         if not isinstance(error, MisconfigurationException) and not _raised_in(error, "lightning", "pytorch"):
             raise
-        return _refuse(UsageError(str(error)))
+        return refuse(UsageError(str(error)))
     _leave_group()
     return 1 if cli.subcommand == "predict" and cli.predictions.unreadable else 0
 
@@ -467,11 +557,3 @@ def _leave_group() -> None:
     """End gloo's threads before Python does: else they now and then abort the process (torch issue 190489)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _refuse(error: UsageError | Failure) -> int:
-    if os.environ.get("LIVE_CIFAR10_TRACEBACK"):
-        traceback.print_exception(error)
-    line = " ".join(str(error).split())
-    sys.stderr.write(f"error: {line if len(line) < 1000 else f'{line[:700]} … {line[-300:]}'}\n")
-    return 2 if isinstance(error, UsageError) else 1

@@ -65,10 +65,17 @@ class StepLoop(_TrainingEpochLoop):
             A callback of your own that says ``between_chunks``, True or False, and logs nothing through the module
             from its batch hooks, is taken along; any other has the fit left to Lightning's own loop.
         mid_chunk: Whether the step that is being taken is followed by another of the same chunk.
+        boundary: Called between two optimizer steps, before the next batch is drawn, when all that belongs to the
+            last step (validation, checkpoint) has been done; but not between those of a chunk.
+        on_command: Whether a validation is under way that `validate` has begun.
+        chunk_end: A step that a chunk ends at besides, if something is to be done after it.
     """
 
     chunk_size = 1
     mid_chunk = False
+    boundary: Callable[[], None] | None = None
+    on_command = False
+    chunk_end: int | None = None
     _first = True
     _epoch: Epoch | None = None
     _validates: bool | None = None
@@ -127,6 +134,9 @@ class StepLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Take batches, as Lightning would, up to the next that is followed by more than another batch."""
         epoch = self._epoch
+        between = not self.restarting or not self._should_check_val_fx(data_fetcher)
+        if between and self.boundary is not None and not self._mid_step():
+            self.boundary()
         if epoch is None or self.restarting:
             super().advance(data_fetcher)
             return
@@ -144,6 +154,25 @@ class StepLoop(_TrainingEpochLoop):
                 return
             if not accumulates:
                 self._batches_that_stepped += 1
+                if self.boundary is not None and not self.mid_chunk:
+                    self.boundary()
+
+    def validate(self) -> None:
+        """Validate now, between two steps, as `on_advance_end` does when it is due."""
+        trainer = self.trainer
+        self.val_loop.restarting = False  # of a fit that was resumed: this is not the validation it was in
+        self.on_command = True
+        trainer.validating = True
+        first = trainer._logger_connector._first_loop_iter
+        trainer.lightning_module.on_validation_model_zero_grad()
+        self.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first
+        self.on_command = False
+
+    def _mid_step(self) -> bool:
+        """Return whether the gradients of batches before this one wait for its own."""
+        return bool(self.batch_progress.current.ready % self.trainer.accumulate_grad_batches)
 
     def _take(self, data_fetcher: _DataFetcher, epoch: Epoch) -> bool:
         """Take one batch; return whether its gradient waits for those of others."""
@@ -215,7 +244,8 @@ class StepLoop(_TrainingEpochLoop):
     def _ends_chunk(self, data_fetcher: _DataFetcher, accumulates: bool) -> bool:
         """Return whether the batch that has just been drawn is the last of its chunk."""
         step = self.global_step + 1
-        steps = not accumulates and (step % self.chunk_size == 0 or step == self.max_steps)
+        ends = step % self.chunk_size == 0 or step in (self.max_steps, self.chunk_end)
+        steps = not accumulates and ends
         return steps or self._num_ready_batches_reached() or self._should_check_val_fx(data_fetcher)
 
     def _should_check_val_epoch(self) -> bool:

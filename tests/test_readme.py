@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from src.cli import main
+from tests.cli.test_live import ENDLESS, running, wait_for_step
 from tests.conftest import CONFIGS, REPOSITORY, run_src
 
 READMES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
@@ -21,7 +22,9 @@ def commands(text: str) -> list[str]:
 
 
 COMMANDS = commands(READMES["README.md"])
-SRC_COMMANDS = [c.removeprefix("python -m src ") for c in COMMANDS if c.startswith("python -m src ")]
+LIVE = "lightning_logs/version_0"
+SRC_COMMANDS = [c.removeprefix("python -m src ") for c in COMMANDS if c.startswith("python -m src ") and LIVE not in c]
+LIVE_COMMANDS = [c.removeprefix("python -m src ") for c in COMMANDS if c.startswith("python -m src ") and LIVE in c]
 
 
 def test_both_languages_give_the_same_commands_and_figures() -> None:
@@ -75,3 +78,16 @@ def test_the_first_command_trains_well_and_the_others_work_on_its_run(
     output = capsys.readouterr().out
     assert float(re.findall(r"val/acc ([\d.]+)", output)[0]) >= 0.95
     assert json.loads(Path("lightning_logs/version_0/test.json").read_text())["test/acc"] >= 0.95
+
+
+def test_the_commands_beside_a_run_that_trains_work(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48), (200, 50, 50)).save(tmp_path / "cat.png")
+    *beside, replay = LIVE_COMMANDS
+    assert {c.split()[0] for c in beside} == {"watch", "steer", "predict"}
+    with running("fit", *ENDLESS, cwd=tmp_path) as fit:
+        wait_for_step(tmp_path / LIVE, 1)
+        for command in beside:
+            run_src(*shlex.split(command), *(["--once"] if command.startswith("watch") else []), cwd=tmp_path)
+        run_src("steer", LIVE, "stop", cwd=tmp_path)
+        assert fit.wait(timeout=60) == 0
+    run_src(*shlex.split(replay), "--trainer.max_steps=2", cwd=tmp_path)

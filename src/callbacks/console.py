@@ -51,6 +51,8 @@ class LiveBar(RichProgressBar):
         now = time.monotonic()
         if now - self._drawn >= 1 / self.refresh_rate or batch_idx + 1 == trainer.num_training_batches:
             self._drawn = now
+            if self.progress is not None and self.train_progress_bar_id is not None:  # another batch size changes it
+                self.progress.update(self.train_progress_bar_id, total=trainer.num_training_batches)
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

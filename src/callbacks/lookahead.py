@@ -66,6 +66,10 @@ class Lookahead(pl.Callback):
         if meets or ends:
             self._meet(_weights(pl_module), self.share(step) if meets else 1.0)
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Say, in the middle of a run, how many optimizer steps it will take in all."""
+        self._total = total_steps
+
     def share(self, step: int) -> float:
         """Return the share that the slow weights keep of themselves at a step."""
         return float(self.decay**self.every * min(step / self._total, 1.0) ** self.power)

@@ -25,17 +25,20 @@ class Report(pl.Callback):
 
     Args:
         folder: The run that the checkpoint belongs to.
+
+    Attributes:
+        step: Optimizer steps that the weights have seen.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._step = 0
+        self.step = 0
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note the step of the weights: the Trainer keeps it to itself outside of a fit."""
-        self._step = checkpoint["global_step"]
+        self.step = checkpoint["global_step"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the results of the val split."""
@@ -55,23 +58,17 @@ class Report(pl.Callback):
 
     def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, Any]:
         assert isinstance(pl_module, ImageClassifier)
-        classes = trainer.datamodule.classes  # type: ignore[attr-defined]
-        per_class = class_scores(pl_module.confusion_matrix, classes)
-        table = Table("class", "images", "accuracy", "precision")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, score in per_class.items():
-            table.add_row(name, f"{score['images']:,}", f"{score['acc']:.4f}", f"{score['precision']:.4f}")
+        per_class = class_scores(pl_module.confusion_matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         console = Console()
-        console.print(table)
+        console.print(scores_table(per_class))
         acc, loss = metrics[f"{stage}/acc"], metrics[f"{stage}/loss"]
         console.print(f"{stage}/acc {acc:.4f}  {stage}/loss {loss:.4f}", highlight=False)
         return {
             **metrics,
             "per_class": per_class,
             "checkpoint": str(trainer.ckpt_path),
-            "step": self._step,
+            "step": self.step,
         }
 
 
@@ -89,6 +86,16 @@ def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, dict[str, 
         }
         for i, name in enumerate(classes)
     }
+
+
+def scores_table(per_class: dict[str, dict[str, float]]) -> Table:
+    """Return what `class_scores` found as a table."""
+    table = Table("class", "images", "accuracy", "precision")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, score in per_class.items():
+        table.add_row(name, f"{score['images']:,}", f"{score['acc']:.4f}", f"{score['precision']:.4f}")
+    return table
 
 
 def confusion_figure(matrix: Tensor, classes: Sequence[str]) -> "Figure":

@@ -7,6 +7,7 @@ and the step. What a checkpoint holds besides weights and optimizer is where in 
 """
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from src.data import ImageData
 from src.data.loader import ResidentLoader
-from src.data.order import batch_edges, derive_seed
+from src.data.order import derive_seed
 from src.errors import Failure
 from src.live.journal import Journal
 
@@ -34,10 +35,11 @@ class Resume(pl.Callback):
 
     Args:
         changes: What the command line sets otherwise than the checkpoint's config: ``[before, now]`` by dotted key.
+        forks: Whether the run writes into another folder than that of the checkpoint.
     """
 
-    def __init__(self, changes: dict[str, list[Any]]) -> None:
-        self.changes = changes
+    def __init__(self, changes: dict[str, list[Any]], forks: bool = False) -> None:
+        self.changes, self.forks = changes, forks
         self._start = self._seed = 0
         self._resumed = False
         self._order: dict[str, Any] = {}
@@ -48,7 +50,8 @@ class Resume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what the data were, how they were cut into batches, and on what machine."""
-        checkpoint["data"] = {"fingerprint": _data(trainer).fingerprint, **self._order_of(trainer)}
+        drawn = loader.drawn if isinstance(loader := trainer.train_dataloader, ResidentLoader) else 0
+        checkpoint["data"] = {"fingerprint": _data(trainer).fingerprint, "drawn": drawn, **self._order_of(trainer)}
         checkpoint["machine"] = _machine(trainer)
 
     def on_load_checkpoint(
@@ -72,13 +75,12 @@ class Resume(pl.Callback):
                         f"ckpt_path: {names} differs from the checkpoint's, which is from the middle of an epoch: "
                         f"images would be left out or repeated; change it at the end of an epoch"
                     )
-            old = batch_edges(own["images"], found["batch_size"], checkpoint["machine"]["processes"])
-            self._start = old[min(done, len(old) - 1)]
-            # What is left may be cut into other batches than before.
-            sizes = own["images"], own["batch_size"], trainer.world_size
-            shift = len(batch_edges(*sizes)) - len(batch_edges(*sizes, self._start)) - done
-            for name in counts:
-                counts[name] += shift
+            self._start = found["drawn"]
+            images = len(_data(trainer).split()[0])
+            if not isinstance(self._start, int) or not 0 < self._start <= images:
+                raise Failure(
+                    f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none of {images} images"
+                )
         self._resumed = True
         was, now = checkpoint["machine"], _machine(trainer)
         changes = [f"{name} {was[name]} before and {now[name]} now" for name in now if was[name] != now[name]]
@@ -93,7 +95,12 @@ class Resume(pl.Callback):
         if self._resumed and trainer.is_global_zero and trainer.loggers and folder is not None:
             before, now = ({k: v[i] for k, v in self.changes.items()} for i in (0, 1))
             Journal(Path(folder) / "live" / "journal.jsonl").append(
-                trainer.global_step, "resume", "config" if now else "", before=before or None, effective=now or None
+                trainer.global_step,
+                "resume",
+                "config" if now else "",
+                before=before or None,
+                requested={"forks": True} if self.forks else None,
+                effective=now or None,
             )
         self._seed = _data(trainer).seed
         self._reseeds = [torch.default_generator.manual_seed]
@@ -102,14 +109,21 @@ class Resume(pl.Callback):
             self._reseeds.append(torch.cuda.default_generators[device.index or 0].manual_seed)
         elif device.type == "mps":
             self._reseeds.append(torch.mps.manual_seed)
-        loader = trainer.train_dataloader
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
+        if self._start:
+            loader = trainer.train_dataloader
             assert isinstance(loader, ResidentLoader)
-            loader.start_at(self._start)
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            count_batches(trainer, done + loader.batches_from(self._start))
+            if done < trainer.num_training_batches:
+                loader.start_at(self._start)
+            else:
+                loader.drawn = self._start  # only the validation at the end of the epoch is left
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the seeds of another epoch."""
+        """Forget the seeds of another epoch, and how many batches it had."""
         self._seeds = {}
+        if isinstance(loader := trainer.train_dataloader, ResidentLoader):
+            count_batches(trainer, len(loader))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -132,8 +146,46 @@ class Resume(pl.Callback):
             data = _data(trainer)
             ids = data.split()[0]
             split = hashlib.sha256(ids.numpy().data).hexdigest()
-            self._order = {"seed": data.seed, "split": split, "images": len(ids), "batch_size": data.batch_size}
+            self._order = {"seed": data.seed, "split": split}
         return self._order
+
+
+def count_batches(trainer: pl.Trainer, total: int) -> None:
+    """Tell the Trainer how many batches this epoch has: another batch size may cut what is left of it into others.
+
+    Args:
+        trainer: The Trainer.
+        total: The batches that have been taken of it, and those that the loader has left.
+    """
+    loop = trainer.fit_loop
+    fetcher, combined = loop._data_fetcher, loop._combined_loader
+    assert fetcher is not None and combined is not None
+    limit: int | float = trainer.limit_train_batches
+    total = min(total, limit) if isinstance(limit, int) else int(total * limit)
+    combined.limits = [total]
+    fetcher.length = loop.max_batches = total
+    if isinstance(interval := trainer.val_check_interval, float):
+        trainer.val_check_batch = max(1, int(total * interval))
+
+
+def total_steps(trainer: pl.Trainer) -> int | None:
+    """Return how many optimizer steps the run will have taken at its end, however long its batches have been.
+
+    Called between two steps; none for a run whose end is not known.
+    """
+    loader, loop = trainer.train_dataloader, trainer.fit_loop
+    assert isinstance(loader, ResidentLoader)
+    every = trainer.accumulate_grad_batches
+    left = trainer.num_training_batches - loop.epoch_loop.batch_progress.current.ready
+    limit: int | float = trainer.limit_train_batches
+    whole = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+    ends = [float("inf"), float("inf")]
+    if trainer.max_epochs not in (None, -1):
+        epochs = max(trainer.max_epochs - trainer.current_epoch - 1, 0)
+        ends[0] = trainer.global_step + math.ceil(left / every) + epochs * math.ceil(whole / every)
+    if trainer.max_steps != -1:
+        ends[1] = trainer.max_steps
+    return None if min(ends) == float("inf") else int(min(ends))
 
 
 def mark_position(checkpoint: dict[str, Any], position: Position) -> None:

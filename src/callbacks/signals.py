@@ -70,12 +70,25 @@ class Signals(pl.Callback):
         """End in the middle of a validation, unless gradients wait for more batches; a resumed fit begins it anew."""
         mid_step = not trainer.sanity_checking and trainer.fit_loop.epoch_loop._should_accumulate()
         over = 0 <= trainer.max_steps <= trainer.global_step  # a resumed fit would do nothing: this one ends by itself
-        if mid_step or over or not self._asked(trainer):
+        if mid_step or over or getattr(trainer.fit_loop.epoch_loop, "on_command", False) or not self._asked(trainer):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
             if isinstance(callback, WeightAveraging):  # it has put the averaged weights in place of the trained ones
                 callback.on_validation_epoch_end(trainer, pl_module)
         self._leave(trainer, "epoch" if trainer.sanity_checking else "validation")
+
+    def leave(self, trainer: pl.Trainer, number: int | None, position: Position | None) -> None:
+        """End between two steps.
+
+        Args:
+            trainer: The Trainer.
+            number: The signal; none for the one that has come, 0 if it is a command that ends the run.
+            position: Where the run stands; none if it has been saved.
+
+        Raises:
+            Interrupted: Always.
+        """
+        self._leave(trainer, position, number)
 
     def _listen(self, trainer: pl.Trainer) -> None:
         """Listen in place of Lightning, which gives the signals back to whoever had them before when the fit ends."""
@@ -97,16 +110,19 @@ class Signals(pl.Callback):
     def _asked(self, trainer: pl.Trainer) -> bool:
         return trainer.strategy.reduce_boolean_decision(self.received > 0, all=False)
 
-    def _leave(self, trainer: pl.Trainer, position: Position | None) -> None:
+    def _leave(self, trainer: pl.Trainer, position: Position | None, number: int | None = None) -> None:
         """Save, if that has not been done, and end."""
+        number = (self.received or signal.SIGTERM) if number is None else number
         callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
         if callback is None or callback.folder is None:
-            raise Interrupted(self.received or signal.SIGTERM, f"at step {trainer.global_step}; nothing was saved")
+            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
         if position is not None:
             callback.save_now(trainer, position)
         callback.wait(trainer)
+        if not (callback.folder / "last.ckpt").is_file():
+            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
         path = os.path.relpath(callback.folder / "last.ckpt")
         raise Interrupted(
-            self.received or signal.SIGTERM,
+            number,
             f"at step {trainer.global_step}; go on with: python -m src fit --ckpt_path {Path(path)}",
         )

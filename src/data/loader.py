@@ -4,7 +4,6 @@ No worker processes, no pickling, no Python for each image.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from src.data.augment import Augmentation, Mixing
-from src.data.order import batch_edges, derive_seed, epoch_order, rank_slice
+from src.data.order import batch_edges, batch_end, derive_seed, epoch_order, rank_slice
 
 
 class Batch(NamedTuple):
@@ -63,7 +62,7 @@ class ResidentLoader:
         pixels: All images of the data set, uint8 ``[n, h, w, 3]``, on the device.
         labels: Their classes, int64 ``[n]``, on the device.
         ids: The images of this split, int64 ``[m]``, on the CPU.
-        batch_size: Images in a batch, over all ranks together.
+        batch_size: Images in a batch, over all ranks together. It may be changed between two batches.
         normalize: Maps pixels to what the network takes.
         num_classes: The number of classes.
         seed: The run's seed.
@@ -73,6 +72,9 @@ class ResidentLoader:
         small: The number of epochs, from the first, whose images are scaled down, and their height and width.
         rank: This process, from 0.
         world_size: The number of processes.
+
+    Attributes:
+        drawn: Images of the epoch that have been drawn, over all ranks together.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class ResidentLoader:
         self.num_classes = num_classes
         if shuffle:
             self.sampler = self
-        self.batch_size, self.start = batch_size, 0
-        self.edges = batch_edges(len(ids), batch_size, world_size)
+        self.batch_size = batch_size
+        self.drawn = self._start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
@@ -108,21 +110,30 @@ class ResidentLoader:
 
     def start_at(self, position: int) -> None:
         """Let the next iteration, and only that, leave out what comes before a position of the epoch's order."""
-        self.start = position
+        self.drawn = self._start = position
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch."""
-        return len(self.edges) - 1
+        return self.batches_from(0)
+
+    def batches_from(self, start: int) -> int:
+        """Return the number of batches from a position of the epoch's order on."""
+        return len(batch_edges(len(self.ids), self.batch_size, self.world_size, start)) - 1
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of the epoch."""
+        self.drawn = self._start
+        return self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
         device = self.pixels.device
         order = epoch_order(self.ids, self.seed, self.epoch) if self.shuffle else self.ids
         order = _send(order, device)
         draws = [_send(a.draw(len(self.labels), self.seed, self.epoch), device) for a in self.augment]
-        first, self.start = self.start, 0
-        edges = batch_edges(len(self.ids), self.batch_size, self.world_size, first) if first else self.edges
-        for start, stop in pairwise(edges):
+        self._start = 0
+        while self.drawn < len(self.ids):
+            start, stop = self.drawn, batch_end(self.drawn, len(self.ids), self.batch_size, self.world_size)
+            self.drawn = stop
             ids = order[rank_slice(start, stop, self.rank, self.world_size)]
             pixels, labels = self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
             for augmentation, draw in zip(self.augment, draws, strict=True):

@@ -53,10 +53,16 @@ def batch_edges(count: int, batch_size: int, world_size: int = 1, start: int = 0
         world_size: The number of ranks.
         start: The first position: all before it have been drawn.
     """
-    edges = [*range(start, count, batch_size), count]
-    if len(edges) > 2 and edges[-1] - edges[-2] < world_size:
-        del edges[-2]
+    edges = [start]
+    while edges[-1] < count:
+        edges.append(batch_end(edges[-1], count, batch_size, world_size))
     return edges
+
+
+def batch_end(start: int, count: int, batch_size: int, world_size: int = 1) -> int:
+    """Return the position after the last image of the batch that begins at a position; see `batch_edges`."""
+    stop = start + batch_size
+    return count if count - stop < world_size else stop
 
 
 def rank_slice(start: int, stop: int, rank: int, world_size: int) -> slice:

@@ -41,6 +41,7 @@ class OneCycle(LRScheduler):
         self.pct_start, self.anneal_strategy = pct_start, anneal_strategy
         self.first, self.last = 1 / div_factor, 1 / (div_factor * final_div_factor)
         self.total_steps = 1
+        self._bend: tuple[float, float, float] | None = None
         super().__init__(optimizer)
 
     def set_total_steps(self, total_steps: int) -> None:
@@ -50,17 +51,41 @@ class OneCycle(LRScheduler):
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
 
+    def stretch(self, total_steps: int) -> None:
+        """Say, in the middle of a run, that it will take another number of steps in all than was thought until now.
+
+        What is left of the schedule is stretched over what is left of the run: the lr does not leap.
+        """
+        if self._bend is not None and self._bend[2] == total_steps:
+            return
+        now = float(self.last_epoch)
+        self._bend = now, self._place(now), float(total_steps)
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the schedule is. What it looks like comes from its arguments, which may change on resume."""
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+        state = {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+        return state if self._bend is None else state | {"bend": list(self._bend), "total_steps": self.total_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a step, with the lr that this schedule has there."""
-        super().load_state_dict(state_dict)
-        self.set_total_steps(self.total_steps)
+        bend = state_dict.get("bend")
+        total_steps = self.total_steps if bend is None else state_dict["total_steps"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("bend", "total_steps")})
+        self._bend = None if bend is None else (bend[0], bend[1], bend[2])
+        self.set_total_steps(total_steps)
 
     def factor(self, step: int) -> float:
         """Return lr / peak at a step; the last step of the run has the last lr."""
+        return self._factor(self._place(step))
+
+    def _place(self, step: float) -> float:
+        """Return the step of a run of `total_steps` at which the schedule stood where it stands at a step of this."""
+        if self._bend is None:
+            return step
+        begin, place, total = self._bend
+        return place + (step - begin) * (self.total_steps - 1 - place) / max(total - 1 - begin, 1.0)
+
+    def _factor(self, step: float) -> float:
         warm_up = self.pct_start * self.total_steps
         if step < warm_up:
             return self._slope(self.first, 1.0, step / warm_up)

@@ -51,7 +51,7 @@ def test_a_fit_tells_the_device_each_epoch_in_two_lines_and_how_to_go_on(trained
 
 
 def test_the_run_folder_holds_config_checkpoints_and_curves(run: Path) -> None:
-    names = {".lock", "config.yaml", "checkpoints", "test.json", "test_confusion.png", "predictions.csv"}
+    names = {".lock", "config.yaml", "checkpoints", "live", "test.json", "test_confusion.png", "predictions.csv"}
     assert {p.name for p in run.iterdir() if not p.name.startswith("events.")} <= names
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.callbacks.steering import Steering
 from src.cli import main
 from src.data.loader import Batch
 
@@ -88,6 +89,49 @@ class Probe(pl.Callback):
             time.sleep(1000)
 
 
+SCRIPT = Path("script.json")
+
+
+class CrashError(Exception):
+    """The run dies as if it had been killed: nothing is saved."""
+
+
+class Steerer(pl.Callback):
+    """Sends the commands of ``script.json`` after given steps, and waits until each is due; dies where that says so."""
+
+    between_chunks = False
+    step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not SCRIPT.is_file() or step == self.step:  # gradients are being accumulated
+            return
+        self.step = step
+        script = json.loads(SCRIPT.read_text())
+        if step in script["crashes"]:
+            script["crashes"].remove(step)
+            SCRIPT.write_text(json.dumps(script))
+            raise CrashError
+        steering: Any = next(c for c in trainer.callbacks if isinstance(c, Steering))  # type: ignore[attr-defined]
+        folder = Path(trainer.log_dir or "") / "live"
+        for i, command in enumerate(script["commands"].get(str(step), [])):
+            id = f"{step}-{i}"
+            known = id in steering._inbox._known
+            (folder / "inbox" / f"{step:09}-{id}.json").write_text(json.dumps({"id": id, "actor": "test", **command}))
+            deadline = time.monotonic() + 10
+            while not (known or self._arrived(steering, folder, id)):
+                assert time.monotonic() < deadline, f"{command} was neither accepted nor refused"
+                time.sleep(0.005)
+
+    def _arrived(self, steering: Any, folder: Path, id: str) -> bool:
+        return id in steering._inbox._known or (folder / f"answers/{id}.json").is_file()
+
+
 class Done(NamedTuple):
     """How a command ended."""
 
@@ -132,8 +176,15 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def assert_same_run(run: Path, reference: Path) -> None:
-    """Check that two runs ended in the same state, to the last bit, by the same way."""
+def assert_same_run(run: Path, reference: Path, *, distinct: bool = False) -> None:
+    """Check that two runs ended in the same state, to the last bit, by the same way.
+
+    Args:
+        run: One.
+        reference: The other.
+        distinct: Count equal points of a curve as one: what a command had written at the very step of the checkpoint
+            that a fit goes on from is written again.
+    """
     one, other = load(run), load(reference)
     assert one["global_step"] == other["global_step"]
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "lr_scale", "callbacks", "curves"):
@@ -146,7 +197,10 @@ def assert_same_run(run: Path, reference: Path) -> None:
     one, other = load(run, "best"), load(reference, "best")
     assert one["global_step"] == other["global_step"]
     assert_equal(one["state_dict"], other["state_dict"], "best")
-    assert curves(run) == curves(reference)
+    found, wanted = curves(run), curves(reference)
+    if distinct:
+        found, wanted = ({tag: sorted(set(points)) for tag, points in c.items()} for c in (found, wanted))
+    assert found == wanted
 
 
 def assert_equal(one: Any, other: Any, key: str) -> None:

@@ -291,7 +291,7 @@ def test_the_lines_of_a_journal_are_plain_json() -> None:
     journal = Journal(Path("journal.jsonl"))
     journal.append(1, "rollback", "lr", before=0.1, requested=0.5, effective=0.05)
     assert json.loads(journal.path.read_text()).keys() == {
-        "seq", "step", "time", "kind", "name", "before", "requested", "effective", "crc",
+        "seq", "step", "time", "kind", "actor", "id", "name", "before", "requested", "effective", "crc",
     }  # fmt: skip
 
 

@@ -191,7 +191,11 @@ def with_little_memory(megabytes: int, args: list[str]) -> int:
     return main(args)
 
 
-BIG = [argument for argument in SMALL if "Weak" not in argument]
+BIG = [
+    *(argument for argument in SMALL if "Weak" not in argument),
+    "--publish_every_n_steps=null",  # its threads take room
+    "--steering=false",
+]
 
 
 @linux

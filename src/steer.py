@@ -1,0 +1,135 @@
+"""Change how a run trains while it trains, and see how it does.
+
+    python -m src steer lightning_logs/version_0 lr=0.02 batch_size=128
+    python -m src steer lightning_logs/version_0 status
+
+It writes a file into the run's folder and waits for the answer; neither torch nor Lightning is imported.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from src.errors import Failure, OneLineParser, UsageError, refuse
+from src.live.commands import VERBS, Command, new_command, send
+from src.live.journal import Journal
+
+_HELP = """\
+what to do, one of:
+  lr=0.02 momentum=0.95 weight_decay=5e-4 batch_size=128 label_smoothing=0.1
+  log_every_n_steps=5    new values, all of them or none; status lists what there is
+  checkpoint             write last.ckpt now
+  evaluate               score the val split now
+  pause, resume          stop between two steps, and go on
+  stop                   write last.ckpt and end the run; fit --ckpt_path goes on with it
+  status                 step, values and newest metrics
+  history                what has been done to the run so far
+"""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``steer``.
+
+    Args:
+        args: The command line behind ``steer``.
+
+    Returns:
+        The exit status: 0; 1 if the run does not answer; 2 if it refuses, or the command cannot be.
+    """
+    parser = OneLineParser(
+        prog="python -m src steer",
+        description=(__doc__ or "").split("\n")[0],
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run, e.g. lightning_logs/version_0")
+    parser.add_argument("what", metavar="WHAT", nargs="+", help="see below")
+    parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="for the answer (default)")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds to wait at most (default: 30)")
+    parser.add_argument("--id", default="", help="names the command: it is done once, however often it is sent")
+    try:
+        options = parser.parse_args(args)
+        if options.what == ["history"]:
+            _print_history(options.run)
+            return 0
+        command = _command(options.what)
+        if options.id:
+            command = command._replace(id=options.id)
+        answer = send(options.run, command, options.timeout if options.wait else None)
+        _print_answer(command, answer)
+    except (UsageError, Failure) as error:
+        return refuse(error)
+    except OSError as error:  # a TimeoutError is one
+        return refuse(Failure(str(error)))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _command(words: list[str]) -> Command:
+    """Return the command that the words ask for."""
+    verbs = [word for word in words if "=" not in word]
+    if verbs:
+        if len(words) > 1 or verbs[0] not in VERBS:
+            raise UsageError(
+                f"{verbs[0]!r}: give new values (lr=0.02 batch_size=128), or one of {', '.join(VERBS)}, history"
+            )
+        return new_command(verbs[0])
+    values: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name in values:
+            raise UsageError(f"{name} is given twice")
+        try:
+            values[name] = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{name}: {text!r} is not a number") from error
+    return new_command()._replace(set=values)
+
+
+def _print_answer(command: Command, answer: dict[str, Any]) -> None:
+    if not answer:
+        _say(f"sent: --id {command.id}")
+    elif command.do == "status":
+        state = "paused" if answer["paused"] else "training"
+        _say(f"{state}: step {answer['step']:,}, epoch {answer['epoch'] + 1}")
+        for name, value in sorted(answer["values"].items()):
+            _say(f"  {name:<18}{_text(value)}")
+        for name, value in sorted((k, v) for k, v in answer["metrics"].items() if k not in answer["values"]):
+            _say(f"  {name:<18}{value:.4g}")
+    else:
+        changes = [f"{name} {_text(old)} -> {_text(new)}" for name, (old, new) in answer.get("changes", {}).items()]
+        result = [f"{name} {_text(value)}" for name, value in (answer.get("result") or {}).items()]
+        done = ", ".join([*changes, *result]) or command.do
+        _say(f"step {answer['step']:,}: {done}{' (done before)' if answer.get('repeated') else ''}")
+
+
+def _print_history(run: Path) -> None:
+    if not run.is_dir():
+        raise Failure(f"{run}: there is no such folder; give that of a run")
+    for line in Journal(run / "live" / "journal.jsonl").read():
+        when = "?"
+        with suppress(OverflowError, ValueError, OSError):  # a stranger's line
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["time"]))
+        what = str(line["kind"])
+        if line["name"]:
+            what += f" {line['name']} {_text(line['before'])} -> {_text(line['effective'])}"
+        elif line["kind"] == "refused":
+            what += f" {_text(line['requested'])}: {line['effective']}"
+        elif isinstance(line["effective"], dict):
+            what += " " + ", ".join(f"{k} {_text(v)}" for k, v in line["effective"].items())
+        _say(f"step {line['step']:<8,} {when}  {what}  {line.get('actor', '')}".rstrip())
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")

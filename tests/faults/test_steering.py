@@ -1,0 +1,303 @@
+"""What steering promises: a run is a function of its config, its seed and its journal.
+
+A run that is steered, stopped, killed and resumed ends in the same state, to the last bit, as one that was steered the
+same way and left alone, and so does its replay from scratch.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
+
+from src.callbacks.pictures import Pictures
+from src.checkpoint_io import commit, serialize
+from src.live.journal import Journal
+from tests.faults.probe import (
+    SCRIPT,
+    SMALL,
+    CrashError,
+    Done,
+    assert_equal,
+    assert_same_run,
+    batches,
+    curves,
+    fit,
+    load,
+)
+from tests.faults.test_resume import CALLBACKS, LAST, RECIPES, RUN, schedule
+
+Script = dict[int, list[dict[str, Any]]]
+"""Commands by the step after which they are sent."""
+
+
+def with_steerer(*callbacks: dict[str, Any]) -> list[str]:
+    """Return the arguments for a fit with these callbacks and the steerer."""
+    return ["--trainer.callbacks", json.dumps([*callbacks, {"class_path": "tests.faults.probe.Steerer"}])]
+
+
+def steered(*args: str, commands: Script, crashes: list[int], callbacks: list[dict[str, Any]] | None = None) -> Done:
+    """Run a fit that is steered, and go on with it after each crash."""
+    SCRIPT.write_text(json.dumps({"commands": commands, "crashes": crashes}))
+    named = with_steerer(*(callbacks or []))
+    command = [*SMALL, "--checkpoint.every_n_steps=2", *named, *args]
+    for _ in crashes:
+        with pytest.raises(CrashError):
+            fit(*command)
+        command = ["--ckpt_path", str(LAST), *named]
+    done = fit(*command)
+    assert done.status == 0, done
+    return done
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_and_in_order() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pictures, "on_validation_end", lambda *_: None)
+        patch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(10**6))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+RATES: Script = {
+    3: [{"set": {"lr": 0.01, "momentum": 0.8}}],
+    5: [{"set": {"weight_decay": 0.01, "label_smoothing": 0.1}}],
+}
+SIZES: Script = {1: [{"set": {"batch_size": 7}}], 4: [{"set": {"batch_size": 12}}, {"set": {"lr": 0.05}}]}
+LOOKS: Script = {
+    2: [{"do": "evaluate"}, {"do": "checkpoint"}],
+    6: [{"do": "evaluate"}],
+    7: [{"set": {"log_every_n_steps": 2}}],
+}
+ADAM: Script = {3: [{"set": {"betas": [0.8, 0.9], "lr": 0.0005}}], 6: [{"set": {"eps": 1e-6}}]}
+ALL: Script = {
+    **SIZES,
+    2: [{"set": {"lr": 0.03}}, {"do": "checkpoint"}, {"set": {"lr": 0.02, "momentum": 0.7}}],
+    3: [{"do": "evaluate"}, {"set": {"weight_decay": 0.0}}],
+    8: [{"do": "pause"}, {"set": {"lr": 0.01}}, {"do": "resume"}, {"set": {"batch_size": 3, "label_smoothing": 0.2}}],
+    11: [{"set": {"weight_decay": 0.001}}, {"set": {"lr": -1}}, {"set": {"nothing": 1}}],
+}
+
+RUNS: list[tuple[str, Script, list[int]]] = [
+    ("one_cycle", RATES, [4]),
+    ("one_cycle", SIZES, [3, 6]),
+    ("one_cycle", ALL, [3, 4, 9]),
+    ("accumulate", SIZES, [4]),
+    ("accumulate_and_validate", ALL, [5]),
+    ("schedule_of_torch", RATES, [6]),
+    ("plateau", LOOKS, [5, 8]),
+    ("adam", ADAM, [5, 8]),
+    ("averaged", ALL, [5, 10]),
+    ("lookahead", ALL, [7]),
+    ("no_validation", RATES, [4]),
+    ("max_steps", SIZES, [7]),
+    ("chunks", ALL, [6]),
+    ("cutmix", SIZES, [5]),
+]
+MORE = {
+    "adam": ["--model.optimizer=AdamW", "--model.optimizer.lr=0.001", *schedule("ExponentialLR", gamma=0.9)],
+    "chunks": ["--model.lr_scheduler=OneCycle", "--chunk_size=4"],
+}
+
+
+@pytest.mark.parametrize(("recipe", "commands", "crashes"), RUNS)
+def test_a_steered_run_that_is_killed_and_resumed_equals_one_that_is_not_and_so_does_its_replay(
+    recipe: str, commands: Script, crashes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, callbacks = {**RECIPES, **MORE}[recipe], CALLBACKS.get(recipe, [])
+    for folder in ("quiet", "killed"):
+        Path(folder).mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir("quiet")
+        steered(*args, commands=commands, crashes=[], callbacks=callbacks)
+    monkeypatch.chdir("killed")
+    steered(*args, commands=commands, crashes=crashes, callbacks=callbacks)
+    assert_same_run(RUN, Path("../quiet") / RUN, distinct=True)
+    SCRIPT.unlink()
+    done = fit("--config", RUN / "config.yaml", "--replay", RUN)
+    assert (done.status, done.err) == (0, ""), done
+    assert_same_run(RUN.with_name("version_1"), RUN, distinct=True)
+
+
+def test_a_replay_that_is_killed_goes_on_as_one() -> None:
+    steered(*RECIPES["one_cycle"], commands=ALL, crashes=[])
+    for crashes in ([4, 9],):
+        SCRIPT.write_text(json.dumps({"commands": {}, "crashes": crashes}))
+        with pytest.raises(CrashError):
+            fit("--config", RUN / "config.yaml", "--replay", RUN)
+        last = RUN.with_name("version_1") / "checkpoints/last.ckpt"
+        with pytest.raises(CrashError):
+            fit("--ckpt_path", last, *with_steerer())
+        done = fit("--ckpt_path", last, *with_steerer())
+    assert (done.status, done.err) == (0, ""), done
+    assert_same_run(RUN.with_name("version_1"), RUN, distinct=True)
+
+
+def test_what_is_refused_changes_nothing_and_is_in_the_journal_once() -> None:
+    hostile: list[dict[str, Any]] = [
+        {"set": {"lr": 0}}, {"set": {"lr": 1e300}}, {"set": {"lr": "0.1"}}, {"set": {"lr": True}},
+        {"set": {"lr": None}}, {"set": {"lr": [0.1]}}, {"set": {"batch_size": 0}}, {"set": {"batch_size": 2.5}},
+        {"set": {"batch_size": 10**9}}, {"set": {"momentum": 1}}, {"set": {"weight_decay": -1}},
+        {"set": {"label_smoothing": 1}}, {"set": {"log_every_n_steps": 0}}, {"set": {"__class__": 1}},
+        {"set": {"lr": 0.01, "momentum": 2}}, {"do": "explode"}, {"do": "resume"}, {"set": {}}, {"do": "", "x": 1},
+        {"set": {"lr": 0.1}, "do": "stop"},
+    ]  # fmt: skip
+    Path("a").mkdir()
+    Path("b").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir("a")
+        steered(commands={4: hostile}, crashes=[])
+        lines = Journal(RUN / "live/journal.jsonl").read()
+        patch.chdir("../b")
+        steered(commands={}, crashes=[])
+    assert [line["kind"] for line in lines] == ["refused"] * len(hostile)
+    assert sorted(line["id"] for line in lines) == sorted({f"4-{i}" for i in range(len(hostile))})
+    assert_same_run(Path("a") / RUN, Path("b") / RUN)
+
+
+def test_an_lr_that_is_steered_rebases_the_schedule() -> None:
+    steered(*RECIPES["one_cycle"], commands={4: [{"set": {"lr": 0.004}}]}, crashes=[5])
+    lrs = dict(curves(RUN)["lr"])
+    Path("log").mkdir()
+    steered(*RECIPES["one_cycle"], "--trainer.default_root_dir=log", commands={}, crashes=[])
+    plain = dict(curves(Path("log") / RUN)["lr"])
+    assert [lrs[k] for k in range(1, 5)] == [plain[k] for k in range(1, 5)]
+    ratio = 0.004 / plain[5]
+    assert [lrs[k] for k in range(5, 13)] == pytest.approx([plain[k] * ratio for k in range(5, 13)])
+    assert load(RUN)["lr_scale"] == pytest.approx(ratio)
+
+
+def test_a_batch_size_that_is_steered_neither_repeats_nor_loses_an_image() -> None:
+    SCRIPT.write_text(json.dumps({"commands": {2: [{"set": {"batch_size": 7}}], 5: [{"set": {"batch_size": 1}}]},
+                                  "crashes": []}))  # fmt: skip
+    probe = {"class_path": "tests.faults.probe.Probe", "init_args": {"log": "log"}}
+    assert fit(*SMALL, *with_steerer(probe)).status == 0
+    log = batches(Path("log"))
+    for epoch, sizes in ((0, [10, 10, 7, 7, 7, *[1] * 14]), (1, [1] * 55)):
+        ids = [line[3] for line in log if line[1] == epoch]
+        assert list(map(len, ids)) == sizes
+        assert len({i for of_batch in ids for i in of_batch}) == 55
+
+
+def test_what_the_command_line_says_beats_what_was_steered() -> None:
+    with pytest.raises(CrashError):
+        SCRIPT.write_text(
+            json.dumps({"commands": {3: [{"set": {"batch_size": 5, "label_smoothing": 0.1}}]}, "crashes": [7]})
+        )
+        fit(*SMALL, "--checkpoint.every_n_steps=2", *with_steerer())
+    SCRIPT.unlink()
+    done = fit("--ckpt_path", LAST, "--data.batch_size=11", *with_steerer())
+    assert done.status == 0, done
+    values = load(RUN)["steering"]["values"]
+    assert values == {"label_smoothing": 0.1}
+    assert load(RUN)["global_step"] == 6 + 1 + 5, "6 steps took 45 images: 10 are left; then an epoch of 55 in elevens"
+
+
+def test_a_stop_saves_and_says_how_to_go_on() -> None:
+    done = steered(commands={3: [{"do": "stop"}]}, crashes=[])
+    assert done.err == f"stopped by steer at step 3; go on with: python -m src fit --ckpt_path {LAST}\n"
+    assert load(RUN)["global_step"] == 3
+    SCRIPT.unlink()
+    assert fit("--ckpt_path", LAST, *with_steerer()).status == 0
+    Path("quiet").mkdir()
+    assert fit(*SMALL, "--trainer.default_root_dir=quiet").status == 0
+    assert_equal(load(RUN)["state_dict"], load(Path("quiet") / RUN)["state_dict"], "weights")
+
+
+def test_a_replay_refuses_a_run_that_went_on_with_another_config() -> None:
+    steered(commands={3: [{"do": "stop"}]}, crashes=[])
+    SCRIPT.unlink()
+    assert fit("--ckpt_path", LAST, "--model.optimizer.momentum=0.5", *with_steerer()).status == 0
+    done = fit("--config", RUN / "config.yaml", "--replay", RUN)
+    assert (done.status, done.out) == (1, "")
+    assert done.err == (
+        f"error: replay: {RUN} went on at step 3 with another model.optimizer.momentum, which a replay cannot follow\n"
+    )
+    assert [p.name for p in RUN.parent.iterdir()] == ["version_0"], "nothing is half-written"
+
+
+def test_a_transaction_that_fails_half_way_is_undone_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write = Journal.extend
+
+    def fail_on_set(journal: Journal, step: int, kind: str, *args: Any, **kwargs: Any) -> Any:
+        return full() if kind == "set" else write(journal, step, kind, *args, **kwargs)
+
+    monkeypatch.setattr(Journal, "extend", fail_on_set)
+    wanted = {"lr": 0.0123, "batch_size": 7, "label_smoothing": 0.1, "weight_decay": 0.1, "momentum": 0.5}
+    steered(*RECIPES["one_cycle"], commands={3: [{"set": wanted}]}, crashes=[], callbacks=CALLBACKS["lookahead"])
+    (line,) = Journal(RUN / "live/journal.jsonl").read()
+    assert (line["kind"], line["effective"]) == ("refused", "it cannot be journaled (No space left on device)")
+    Path("quiet").mkdir()
+    monkeypatch.chdir("quiet")
+    steered(*RECIPES["one_cycle"], commands={}, crashes=[], callbacks=CALLBACKS["lookahead"])
+    assert_same_run(Path("..") / RUN, RUN)
+
+
+def test_commands_behind_a_stop_are_refused() -> None:
+    commands: Script = {3: [{"do": "stop"}, {"set": {"lr": 0.01}}, {"do": "evaluate"}]}
+    steered(commands=commands, crashes=[])
+    lines = Journal(RUN / "live/journal.jsonl").read()
+    assert [(line["kind"], line["id"]) for line in lines] == [("stop", "3-0"), ("refused", "3-1"), ("refused", "3-2")]
+
+
+def test_a_size_of_batches_can_be_steered_in_a_run_without_an_end() -> None:
+    done = steered(
+        "--trainer.max_epochs=-1", commands={3: [{"set": {"batch_size": 7}}], 5: [{"do": "stop"}]}, crashes=[]
+    )
+    assert "batch_size 10 -> 7" in done.out
+
+
+def test_an_evaluation_does_not_know_whether_the_fit_was_resumed() -> None:
+    commands: Script = {7: [{"do": "evaluate"}]}
+    steered(commands=commands, crashes=[])
+    whole = curves(RUN)["val/acc"]
+    for crash in (8, 9):
+        Path(f"at{crash}").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(f"at{crash}")
+            steered(commands=commands, crashes=[crash])
+            assert curves(RUN)["val/acc"] == whole
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("batch_size", 0, "the checkpoint's batch_size, 0, is none that the data has images for"),
+        ("batch_size", -5, "the checkpoint's batch_size, -5, is none"),
+        ("batch_size", "7", "the checkpoint's batch_size, 7, is none"),
+        ("batch_size", 10**9, "is none that the data has images for"),
+        ("label_smoothing", "x", "the checkpoint's label_smoothing x is not a number"),
+        ("drawn", -(10**12), "the checkpoint's place in the epoch, -1000000000000, is none of 55 images"),
+        ("drawn", "x", "the checkpoint's place in the epoch, x, is none"),
+        ("lr_scale", "x", "lr_scale and schedule_lrs are not those of a schedule"),
+        ("lr_scale", float("nan"), "lr_scale and schedule_lrs are not those of a schedule"),
+        ("lr_scale", 0.5, "lr_scale and schedule_lrs are not those of a schedule"),
+        ("schedule_lrs", [0.1], "ckpt_path: "),
+    ],
+)
+def test_a_checkpoint_with_values_that_cannot_be_is_refused_in_one_line(key: str, value: Any, said: str) -> None:
+    steered(commands={3: [{"set": {"batch_size": 7, "label_smoothing": 0.1}}, {"do": "stop"}]}, crashes=[])
+    SCRIPT.unlink()
+    checkpoint = torch.load(LAST, weights_only=True)
+    if key in checkpoint["steering"]["values"]:
+        checkpoint["steering"]["values"][key] = value
+    elif key == "drawn":
+        checkpoint["data"][key] = value
+    else:
+        checkpoint[key] = value
+    path = Path("hostile.ckpt")
+    commit(serialize(checkpoint, path), path)
+    done = fit("--ckpt_path", path, *with_steerer())
+    assert done.status == 1, done
+    assert said in done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
