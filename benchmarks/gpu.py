@@ -1,7 +1,7 @@
 """What is claimed about a GPU, measured; `benchmarks/gpu.sh` does all of it in one go.
 
-    python -m benchmarks.gpu time94 time96 images sync user resume --root data
-    python -m benchmarks.gpu time94 images sync user resume --root data --smoke    # on a CPU, tiny: does it run?
+    python -m benchmarks.gpu time94 time96 images sync user resume live --root data
+    python -m benchmarks.gpu time94 images sync user resume live --root data --smoke    # on a CPU, tiny: does it run?
 
 Results go to benchmarks/results/gpu_NAME.json and .png, or to the folder $OUT. Not measured on a GPU so far.
 
@@ -116,6 +116,17 @@ def resume(o: argparse.Namespace) -> None:
     write("gpu_resume", _what(resume), "tensors that differ", alternate({"ours": fit}, 1), threads=CORES)
 
 
+def live(o: argparse.Namespace) -> None:
+    """A step of configs/speed94.yaml, of 2,000 images, with and without publishing every 10 steps and steering."""
+    size = ["--steps=4", "--skip=1"] if o.smoke else ["--steps=200", "--skip=20"]
+    words = ["-m", "benchmarks.steps", "ours", "--config=configs/speed94.yaml", "--full_size", "--block=1", *size]
+    words += _whole_batches("speed94")
+    ways = {"off": ["--publish_every_n_steps=null", "--steering=false"], "on": ["--publish_every_n_steps=10"]}
+    cases: dict[str, Case] = {name: lambda _, more=more: _run(o, *words, *more) for name, more in ways.items()}  # type: ignore[misc]
+    found = alternate(cases, 1 if o.smoke else 3)
+    write("gpu_live", _what(live), "ms a step", found, [("ms a step", "on", "off")], threads=CORES)
+
+
 def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
     cases: dict[str, Case] = {}
     if (ROOT / "configs" / f"{name}.yaml").is_file():
@@ -160,7 +171,7 @@ def _what(measurement: Callable[[argparse.Namespace], None]) -> str:
 
 def command() -> int:
     """Read the command line, and run."""
-    measurements = {f.__name__: f for f in (time94, time96, images, sync, user, resume)}
+    measurements = {f.__name__: f for f in (time94, time96, images, sync, user, resume, live)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=measurements, metavar="NAME", help=", ".join(measurements))
     parser.add_argument("--root", type=lambda p: Path(p).resolve(), default=Path("data").resolve())

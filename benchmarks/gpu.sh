@@ -10,7 +10,7 @@ root=${1:-data}
 shift || true
 export PYTHONPATH=$PWD
 status=0
-for part in "time94 140" "time96 115" "images 120" "sync 30" "user 40" "resume 30"; do
+for part in "time94 130" "time96 110" "images 105" "sync 30" "user 40" "resume 30" "live 30"; do
     read -r name seconds <<<"$part"
     echo "== $name, at most $seconds s"
     timeout --kill-after=5 "$seconds" python -m benchmarks.gpu "$name" --root "$root" --timeout $((seconds - 5)) "$@" || status=1
