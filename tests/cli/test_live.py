@@ -161,7 +161,6 @@ def test_a_killed_run_is_noticed_goes_on_and_is_replayed(tmp_path: Path) -> None
             segment = reader.segment
             watch.communicate(timeout=30)
             assert watch.returncode == 0
-    assert segment.exists()
     assert steer(tmp_path, "status", status=1).startswith(f"error: {RUN}: the run is not training now")
     with running("fit", "--ckpt_path", "last", cwd=tmp_path) as fit:
         wait_for_step(run, 3)

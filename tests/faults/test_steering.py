@@ -85,21 +85,21 @@ ALL: Script = {
     11: [{"set": {"weight_decay": 0.001}}, {"set": {"lr": -1}}, {"set": {"nothing": 1}}],
 }
 
-RUNS: list[tuple[str, Script, list[int]]] = [
-    ("one_cycle", RATES, [4]),
-    ("one_cycle", SIZES, [3, 6]),
+RUNS: list[Any] = [
+    pytest.param("one_cycle", RATES, [4], marks=pytest.mark.slow),
+    pytest.param("one_cycle", SIZES, [3, 6], marks=pytest.mark.slow),
     ("one_cycle", ALL, [3, 4, 9]),
-    ("accumulate", SIZES, [4]),
+    pytest.param("accumulate", SIZES, [4], marks=pytest.mark.slow),
     ("accumulate_and_validate", ALL, [5]),
     ("schedule_of_torch", RATES, [6]),
     ("plateau", LOOKS, [5, 8]),
     ("adam", ADAM, [5, 8]),
     ("averaged", ALL, [5, 10]),
     ("lookahead", ALL, [7]),
-    ("no_validation", RATES, [4]),
-    ("max_steps", SIZES, [7]),
+    pytest.param("no_validation", RATES, [4], marks=pytest.mark.slow),
+    pytest.param("max_steps", SIZES, [7], marks=pytest.mark.slow),
     ("chunks", ALL, [6]),
-    ("cutmix", SIZES, [5]),
+    pytest.param("cutmix", SIZES, [5], marks=pytest.mark.slow),
 ]
 MORE = {
     "adam": ["--model.optimizer=AdamW", "--model.optimizer.lr=0.001", *schedule("ExponentialLR", gamma=0.9)],
@@ -269,6 +269,16 @@ def test_an_evaluation_does_not_know_whether_the_fit_was_resumed() -> None:
             assert curves(RUN)["val/acc"] == whole
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run whose batch size was steered."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        steered(commands={3: [{"set": {"batch_size": 7, "label_smoothing": 0.1}}, {"do": "stop"}]}, crashes=[])
+    return folder / LAST
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -285,10 +295,10 @@ def test_an_evaluation_does_not_know_whether_the_fit_was_resumed() -> None:
         ("schedule_lrs", [0.1], "ckpt_path: "),
     ],
 )
-def test_a_checkpoint_with_values_that_cannot_be_is_refused_in_one_line(key: str, value: Any, said: str) -> None:
-    steered(commands={3: [{"set": {"batch_size": 7, "label_smoothing": 0.1}}, {"do": "stop"}]}, crashes=[])
-    SCRIPT.unlink()
-    checkpoint = torch.load(LAST, weights_only=True)
+def test_a_checkpoint_with_values_that_cannot_be_is_refused_in_one_line(
+    key: str, value: Any, said: str, stopped: Path
+) -> None:
+    checkpoint = torch.load(stopped, weights_only=True)
     if key in checkpoint["steering"]["values"]:
         checkpoint["steering"]["values"][key] = value
     elif key == "drawn":
