@@ -112,7 +112,7 @@ def test_a_fit_that_is_killed_and_resumed_equals_one_that_is_not() -> None:
     assert (whole.status, whole.err) == (0, "")
     killed = probed(Path("log"), "train 5", OWN, number="SIGKILL")
     run_src("fit", *SMALL, *killed, DURABLE, cwd=Path(), status=-signal.SIGKILL)
-    assert manifest(LAST).step in (4, 5), "written, or being written, when it was killed"
+    assert manifest(LAST).step in (3, 4, 5), "those after the third may have been on their way to the disk"
     done = fit("--ckpt_path", LAST, *probed(Path("log"), "", OWN))
     assert (done.status, done.err) == (0, "")
     assert_same_run(RUN, "whole" / RUN)
