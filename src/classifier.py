@@ -87,7 +87,7 @@ class ImageClassifier(pl.LightningModule):
         self.schedule_lrs: list[float] = []
         self.channels_last, self.tta = channels_last, tta
         # In a list, as it is no part of this module: its weights are those of the network.
-        self._trained = [network if compile is None else torch.compile(network, mode=compile)]
+        self._trained = [network if compile is None else torch.compile(network, mode=compile, dynamic=False)]
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         # By name, and now: a sharding strategy will flatten the parameters.
