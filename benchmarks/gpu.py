@@ -5,11 +5,11 @@
 
 Results go to benchmarks/results/gpu_NAME.json and .png, or to the folder $OUT. Not measured on a GPU so far.
 
-The recipes take a whole batch at a time here: to accumulate the gradients of parts of it helps the caches of a CPU, and
-nothing else. The momentum of BatchNorm's statistics is that of the parts, taken as often as there were parts.
+The recipes are taken with what configs/presets/NAME_gpu.yaml puts over them, if there is one.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -44,14 +44,18 @@ def time96(o: argparse.Namespace) -> None:
 def images(o: argparse.Namespace) -> None:
     """Images/s of the small CNN in training at batch 64: the seed's loop, and ours with everything on.
 
-    Data included; ours also in chunks of ten steps, and compiled into CUDA graphs.
+    Data included; ours also with ``--cuda_graph true``, and with ``--chunk_size 10`` as well.
     """
     steps, skip = (40, 10) if o.smoke else (2000, 500)
     seed_steps, seed_skip = (10, 2) if o.smoke else (500, 50)
     size = [f"--steps={steps}", f"--skip={skip}", f"--block={10 if o.smoke else 250}"]
     seed = ["seed", f"--steps={seed_steps}", f"--skip={seed_skip}"]
     cases: dict[str, Case] = {"the seed's loop": lambda _: _run(o, "-m", "benchmarks.loops", *seed)}
-    ways = {"": [], ", in chunks": ["--chunk_size=10"], ", compiled": ["--model.compile=reduce-overhead"]}
+    ways = {
+        "": [],
+        ", recorded": ["--cuda_graph=true"],
+        ", recorded, in chunks": ["--cuda_graph=true", "--chunk_size=10"],
+    }
     for way, more in ways.items():
         name = "ours" + way
         cases[name] = lambda _, more=more: _run(o, "-m", "benchmarks.steps", "ours", *size, *more)  # type: ignore[misc]
@@ -67,7 +71,11 @@ def sync(o: argparse.Namespace) -> None:
     """
     size = ["--steps=30"] if o.smoke else ["--steps=1020"]
     more = ["--sync_error", "--skip=20", "--block=5"]
-    cases: dict[str, Case] = {"ours": lambda _: _run(o, "-m", "benchmarks.steps", "ours", *size, *more)}
+    ways = {"ours": [], "ours, recorded": ["--cuda_graph=true"]}
+    cases: dict[str, Case] = {
+        name: lambda _, way=way: _run(o, "-m", "benchmarks.steps", "ours", *size, *more, *way)  # type: ignore[misc]
+        for name, way in ways.items()
+    }
     found = alternate(cases, 1)
     write("gpu_sync", _what(sync), "ms a step", found, threads=CORES, passes=not found[1] and not o.smoke)
 
@@ -76,31 +84,33 @@ def user(o: argparse.Namespace) -> None:
     """Time to 94 % by a user's clock: ``python -m src fit --config configs/speed94.yaml``, from start to exit."""
     cut = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1"] if o.smoke else []
 
-    def fit(_: int) -> dict[str, Any]:
+    def fit(*way: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            words = ["-m", "src", "fit", "--config=configs/speed94.yaml", *_whole_batches("speed94"), *cut]
+            words = ["-m", "src", "fit", "--config=configs/speed94.yaml", *_on_gpu("speed94"), *way, *cut]
             words += [f"--data.root={o.root}", f"--trainer.default_root_dir={folder}"]
             return process([sys.executable, *words], threads=CORES, terminal=True, timeout=_left(o))
 
-    write("gpu_user", _what(user), "process seconds", alternate({"ours": fit}, 1 if o.smoke else 3), threads=CORES)
+    cases: dict[str, Case] = {"ours, not compiled": lambda _: fit("--model.compile=null")}
+    write("gpu_user", _what(user), "process seconds", alternate(cases, 1 if o.smoke else 3), threads=CORES)
 
 
 def resume(o: argparse.Namespace) -> None:
     """Whether a deterministic fit that is killed (SIGKILL) and resumed ends with the weights of one that was not.
 
     configs/cifar10_regularized.yaml (dropout, BatchNorm, OneCycle, flips, crops), 1,000 steps, killed when its first
-    checkpoint, of step 100, is there. Weights are compared to the last bit.
+    checkpoint, of step 100, is there. Weights are compared to the last bit. The second case is the same with fused SGD
+    and ``--cuda_graph true``, its steps recorded.
     """
     steps, every = (12, 4) if o.smoke else (1000, 100)
     options = ["--config=configs/cifar10_regularized.yaml", f"--data.root={o.root}", f"--trainer.max_steps={steps}"]
     options += [f"--checkpoint.every_n_steps={every}", "--trainer.deterministic=true", "--data.val_size=0"]
 
-    def fit(_: int) -> dict[str, Any]:
+    def fit(*way: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             runs = [Path(folder) / name for name in ("whole", "killed")]
             lasts = [run / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt" for run in runs]
             command = [sys.executable, "-m", "src", "fit"]
-            whole, killed = ([*command, *options, f"--trainer.default_root_dir={run}"] for run in runs)
+            whole, killed = ([*command, *options, *way, f"--trainer.default_root_dir={run}"] for run in runs)
             took = process(whole, threads=CORES, timeout=_left(o))
             child = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL)
             while not lasts[1].is_file() and child.poll() is None and _left(o) > 1:
@@ -113,14 +123,16 @@ def resume(o: argparse.Namespace) -> None:
             differ = sum(not torch.equal(one[name], two[name]) for name in one)
             return took | {"killed after step": at, "tensors that differ": differ}
 
-    write("gpu_resume", _what(resume), "tensors that differ", alternate({"ours": fit}, 1), threads=CORES)
+    recorded = ["--model.optimizer.fused=true", "--cuda_graph=true"]
+    cases: dict[str, Case] = {"ours": lambda _: fit(), "ours, recorded": lambda _: fit(*recorded)}
+    write("gpu_resume", _what(resume), "tensors that differ", alternate(cases, 1), threads=CORES)
 
 
 def live(o: argparse.Namespace) -> None:
     """A step of configs/speed94.yaml, of 2,000 images, with and without publishing every 10 steps and steering."""
     size = ["--steps=4", "--skip=1"] if o.smoke else ["--steps=200", "--skip=20"]
     words = ["-m", "benchmarks.steps", "ours", "--config=configs/speed94.yaml", "--full_size", "--block=1", *size]
-    words += _whole_batches("speed94")
+    words += _on_gpu("speed94")
     ways = {"off": ["--publish_every_n_steps=null", "--steering=false"], "on": ["--publish_every_n_steps=10"]}
     cases: dict[str, Case] = {name: lambda _, more=more: _run(o, *words, *more) for name, more in ways.items()}  # type: ignore[misc]
     found = alternate(cases, 1 if o.smoke else 3)
@@ -130,8 +142,8 @@ def live(o: argparse.Namespace) -> None:
 def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
     cases: dict[str, Case] = {}
     if (ROOT / "configs" / f"{name}.yaml").is_file():
-        size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={runs}", "--warm_up=25"]
-        words = ["recipe", f"--config=configs/{name}.yaml", "--eval_batch_size=2000", *size, *_whole_batches(name)]
+        size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={runs}", "--warm_up=400"]
+        words = ["recipe", f"--config=configs/{name}.yaml", "--eval_batch_size=2000", *size, *_on_gpu(name)]
         cases["ours"] = lambda _: _run(o, "-m", "benchmarks.steps", *words)
     samples, missing = alternate(cases, 1)
     found: list[dict[str, Any]] = samples["ours"][0]["runs"] if samples.get("ours") else []
@@ -144,15 +156,17 @@ def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
     write(f"gpu_time{name[-2:]}", what, "seconds", measured, threads=CORES, means=means, standard_deviations=stds)
 
 
-def _whole_batches(name: str) -> list[str]:
-    """Return the options by which a recipe takes each batch whole."""
-    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-    parts = config["trainer"].get("accumulate_grad_batches", 1)
-    options = [f"--data.batch_size={parts * config['data']['init_args']['batch_size']}"]
-    options.append("--trainer.accumulate_grad_batches=1")
-    momentum = config["model"]["network"].get("init_args", {}).get("bn_momentum")
-    if momentum is not None:
-        options.append(f"--model.network.bn_momentum={round(1 - (1 - momentum) ** parts, 3)}")
+def _on_gpu(name: str) -> list[str]:
+    """Return the options by which a recipe is what its preset for a GPU makes of it."""
+    path = ROOT / "configs" / "presets" / f"{name}_gpu.yaml"
+    return _options(yaml.safe_load(path.read_text())) if path.is_file() else []
+
+
+def _options(config: dict[str, Any], prefix: str = "--") -> list[str]:
+    options = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        options += _options(value, f"{name}.") if isinstance(value, dict) else [f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return options
 
 

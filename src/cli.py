@@ -174,6 +174,14 @@ class CLI(LightningCLI):
             "pays with small batches, whose steps take less time than to look after them.",
         )
         parser.add_argument(
+            "--cuda_graph",
+            type=bool,
+            default=False,
+            help="On a CUDA GPU, record a whole optimizer step (augmentation, network, optimizer) and start it in one "
+            "go, not by its hundreds of pieces: small batches take a fraction of the time. For SGD and DecoupledSGD "
+            "with fused: true, and for Muon; elsewhere it changes nothing.",
+        )
+        parser.add_argument(
             "--publish_every_n_steps",
             type=int | None,
             default=10,
@@ -344,7 +352,8 @@ class CLI(LightningCLI):
             config["enable_model_summary"] = False
         trainer = self._instantiate_trainer(config, callbacks)
         if self.subcommand == "fit" and not config["barebones"]:
-            StepLoop.install(trainer, self._get(self.config_init, "chunk_size"))
+            chunk_size, graph = (self._get(self.config_init, name) for name in ("chunk_size", "cuda_graph"))
+            StepLoop.install(trainer, chunk_size, graph)
         return trainer
 
     def after_instantiate_classes(self) -> None:

@@ -21,6 +21,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from src.step_graph import StepGraph, obstacle
+
 # What is called around a batch, by the callbacks alone: a module that has one of these is left to Lightning.
 _HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
           "on_before_optimizer_step", "on_train_batch_end")  # fmt: skip
@@ -43,6 +45,7 @@ class Epoch(NamedTuple):
         inner_step: The optimizer's step as it is called within a chunk.
         hooks: The callbacks' methods, by name.
         inner_hooks: Those that are called within a chunk too.
+        graph: What takes the steps by recordings; none takes them one piece after the other.
     """
 
     optimizer: torch.optim.Optimizer
@@ -53,6 +56,7 @@ class Epoch(NamedTuple):
     inner_step: Callable[[Callable[[], torch.Tensor]], Any]
     hooks: dict[str, list[Hook]]
     inner_hooks: dict[str, list[Hook]]
+    graph: StepGraph | None
 
 
 class StepLoop(_TrainingEpochLoop):
@@ -64,6 +68,8 @@ class StepLoop(_TrainingEpochLoop):
             called for each batch, and the guard does not look. Weights and curves are the same whatever the size.
             A callback of your own that says ``between_chunks``, True or False, and logs nothing through the module
             from its batch hooks, is taken along; any other has the fit left to Lightning's own loop.
+        cuda_graph: Whether steps are recorded, where they can be, see `src.step_graph`. Callbacks' hooks around the
+            backward pass are then called after the optimizer's step.
         mid_chunk: Whether the step that is being taken is followed by another of the same chunk.
         boundary: Called between two optimizer steps, before the next batch is drawn, when all that belongs to the
             last step (validation, checkpoint) has been done; but not between those of a chunk.
@@ -72,20 +78,22 @@ class StepLoop(_TrainingEpochLoop):
     """
 
     chunk_size = 1
+    cuda_graph = False
     mid_chunk = False
     boundary: Callable[[], None] | None = None
     on_command = False
     chunk_end: int | None = None
     _first = True
     _epoch: Epoch | None = None
+    _graph: StepGraph | None = None
     _validates: bool | None = None
 
     @classmethod
-    def install(cls, trainer: pl.Trainer, chunk_size: int = 1) -> None:
+    def install(cls, trainer: pl.Trainer, chunk_size: int = 1, cuda_graph: bool = False) -> None:
         """Give a Trainer this loop, before it has run."""
         own = trainer.fit_loop.epoch_loop
         loop = cls(trainer, own.min_steps, own.max_steps)
-        loop.chunk_size = chunk_size
+        loop.chunk_size, loop.cuda_graph = chunk_size, cuda_graph
         trainer.fit_loop.epoch_loop = loop
 
     @property
@@ -115,15 +123,21 @@ class StepLoop(_TrainingEpochLoop):
             waiting = [c for c in callbacks if getattr(c, "between_chunks", False)]
             hooks = {name: _methods(name, callbacks) for name in _HOOKS}
             inner = {name: _methods(name, [c for c in callbacks if c not in waiting]) for name in _AROUND}
+            autocast = _forward_context(trainer)
+            if self.cuda_graph and self._graph is None:
+                self._graph = self._build_graph(autocast)
+            if self._graph is not None:
+                self._graph.begin_epoch()
             self._epoch = Epoch(
                 optimizer=optimizer,
                 parameters=[p for group in optimizer.param_groups for p in group["params"]],
                 schedule=stepped[0].scheduler if alone else None,
                 every=trainer.accumulate_grad_batches,
-                autocast=_forward_context(trainer),
+                autocast=autocast,
                 inner_step=_inner_step(optimizer),
                 hooks=hooks,
                 inner_hooks=hooks | inner,
+                graph=self._graph,
             )
         elif self.chunk_size > 1:
             self.chunk_size = 1
@@ -137,8 +151,10 @@ class StepLoop(_TrainingEpochLoop):
         between = not self.restarting or not self._should_check_val_fx(data_fetcher)
         if between and self.boundary is not None and not self._mid_step():
             self.boundary()
-        if epoch is None or self.restarting:
+        if epoch is None or (self.restarting and epoch.graph is None):
             super().advance(data_fetcher)
+            return
+        if self.restarting and self._goes_on_after_training(data_fetcher):
             return
         self.val_loop.restarting = False
         trainer = self.trainer
@@ -149,6 +165,7 @@ class StepLoop(_TrainingEpochLoop):
                 or trainer.should_stop
                 or trainer.received_sigterm
                 or self._skip_next_val
+                or self.restarting
                 or self._should_check_val_fx(data_fetcher)
             ):
                 return
@@ -156,6 +173,11 @@ class StepLoop(_TrainingEpochLoop):
                 self._batches_that_stepped += 1
                 if self.boundary is not None and not self.mid_chunk:
                     self.boundary()
+
+    def forget_recordings(self) -> None:
+        """Have steps recorded anew: the tensors of the optimizer's state have been replaced."""
+        if self._graph is not None:
+            self._graph.forget()
 
     def validate(self) -> None:
         """Validate now, between two steps, as `on_advance_end` does when it is due."""
@@ -169,6 +191,26 @@ class StepLoop(_TrainingEpochLoop):
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first
         self.on_command = False
+
+    def _build_graph(self, autocast: AbstractContextManager[Any]) -> StepGraph | None:
+        """Return what records steps; if they cannot be, say why, once."""
+        if reason := obstacle(self.trainer, self.trainer.strategy.root_device.type):
+            self.cuda_graph = False
+            if self.trainer.is_global_zero and self.trainer.strategy.root_device.type == "cuda":
+                sys.stdout.write(f"note: cuda_graph: steps are not recorded: {reason}\n")
+            return None
+        return StepGraph(self.trainer, autocast)
+
+    def _goes_on_after_training(self, data_fetcher: _DataFetcher) -> bool:
+        """Return whether a resumed fit goes on with what follows a batch; as Lightning's own `advance` begins."""
+        if self._should_check_val_fx(data_fetcher):
+            if self.val_loop.restarted_mid_evaluation:
+                return True
+            if self.restarted_on_last:
+                self._skip_next_val = True
+                return True
+            self.val_loop.increment_progress_to_evaluation_end()
+        return False
 
     def _mid_step(self) -> bool:
         """Return whether the gradients of batches before this one wait for its own."""
@@ -191,6 +233,22 @@ class StepLoop(_TrainingEpochLoop):
             hook(trainer, module, batch, batch_idx)
         batches.increment_started()
         output: dict[str, Any] = {}
+
+        def recorded(graph: StepGraph) -> None:
+            output.update(graph.take(batch))
+            for counts in (progress.zero_grad, progress.step):
+                counts.increment_ready()
+            progress.zero_grad.increment_started()
+            for hook in hooks["on_before_zero_grad"]:
+                hook(trainer, module, optimizer)
+            for hook in hooks["on_before_backward"]:
+                hook(trainer, module, output["loss"])
+            for hook in hooks["on_after_backward"]:
+                hook(trainer, module)
+            for hook in hooks["on_before_optimizer_step"]:
+                hook(trainer, module, optimizer)
+            for counts in (progress.zero_grad, progress.step):
+                counts.increment_completed()
 
         def gradients() -> torch.Tensor:
             with epoch.autocast:
@@ -218,7 +276,9 @@ class StepLoop(_TrainingEpochLoop):
                     module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, algorithm)
             return loss
 
-        if accumulates:
+        if epoch.graph is not None:
+            recorded(epoch.graph)
+        elif accumulates:
             gradients()
         else:
             progress.step.increment_ready()

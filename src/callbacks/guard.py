@@ -21,9 +21,10 @@ from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.lookahead import Lookahead
 from src.checkpoint_io import read
 from src.classifier import ImageClassifier
-from src.data.loader import Batch
+from src.data.loader import Batch, ResidentLoader
 from src.errors import Failure
 from src.live.journal import Journal
+from src.step_loop import StepLoop
 
 MAX_ROLLBACKS = 10
 """After so many in one process a run is given up: the lr is then a thousandth of what was asked for."""
@@ -145,6 +146,8 @@ class Guard(pl.Callback):
         assert isinstance(pl_module, ImageClassifier)
         finite = (all(math.isfinite(value) for value in values) for values, *_ in chunk)
         _, batches, step = next((m for m, good in zip(chunk, finite, strict=True) if not good), chunk[-1])
+        if isinstance(loader := trainer.train_dataloader, ResidentLoader):
+            batches = [loader.whole(batch) for batch in batches]
         fault, batch = first_nonfinite(pl_module, batches)
         ids = ", ".join(map(str, batch.ids[:8].tolist())) + (", …" if len(batch.ids) > 8 else "")
         where = f"step {step + 1}, epoch {trainer.current_epoch + 1}: {fault} (batch of the images {ids})"
@@ -187,6 +190,8 @@ class Guard(pl.Callback):
                 callback.roll_back(checkpoint)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer_states"][0]["state"], "param_groups": groups})
+        if isinstance(loop := trainer.fit_loop.epoch_loop, StepLoop):
+            loop.forget_recordings()
         optimizer.zero_grad(set_to_none=True)  # what has no gradient is left alone by the step that follows
         before = optimizer.param_groups[0]["lr"]
         pl_module.scale_lr(self.lr_factor)

@@ -10,7 +10,7 @@ from torchvision.utils import make_grid
 
 from src.callbacks.report import confusion_figure
 from src.classifier import ImageClassifier
-from src.data import Batch, ImageData
+from src.data import Batch, ImageData, ResidentLoader
 
 
 class Pictures(pl.Callback):
@@ -23,6 +23,8 @@ class Pictures(pl.Callback):
     ) -> None:
         """Show up to 64 images of the run's first batch."""
         if trainer.global_step == 0 and batch_idx == 0 and (writer := _writer(trainer)) is not None:
+            if isinstance(loader := trainer.train_dataloader, ResidentLoader):
+                batch = loader.whole(batch)
             writer.add_image("train/batch", picture(batch.images, trainer.datamodule), 0)  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

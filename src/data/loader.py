@@ -4,6 +4,7 @@ No worker processes, no pickling, no Python for each image.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ class Batch(NamedTuple):
     """One rank's share of one batch.
 
     Attributes:
-        images: Normalised float32 ``[b, 3, h, w]`` in channels_last layout.
+        images: Normalised float32 ``[b, 3, h, w]`` in channels_last layout; a tensor without content, on the device
+            ``meta``, where they are yet to be cut, see `ResidentLoader.defers`.
         labels: Classes, int64 ``[b]``; after MixUp or CutMix class weights, float32 ``[b, classes]``.
         ids: Positions of the images in the data set, int64 ``[b]``.
         total: Images in this batch over all ranks. A rank's loss is the sum over its images divided by
@@ -75,6 +77,7 @@ class ResidentLoader:
 
     Attributes:
         drawn: Images of the epoch that have been drawn, over all ranks together.
+        defers: Whether batches come without the content of their images, for who cuts them himself (`cut`).
     """
 
     def __init__(
@@ -103,6 +106,8 @@ class ResidentLoader:
             self.sampler = self
         self.batch_size = batch_size
         self.drawn = self._start = 0
+        self.defers = False
+        self._draws: list[Tensor] = []
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
@@ -125,22 +130,47 @@ class ResidentLoader:
         self.drawn = self._start
         return self._batches()
 
+    @property
+    def small_now(self) -> bool:
+        """Whether this epoch's images are scaled down."""
+        return self.epoch < self.small[0]
+
+    def cut(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images as a batch of this epoch has them, and their classes: what `Batch` says, but not mixed.
+
+        Nothing here waits for the device, and what an epoch draws lies where that of the last one lay.
+
+        Args:
+            ids: Which images, int64 ``[b]`` on the device.
+        """
+        pixels, labels = self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
+        for augmentation, draw in zip(self.augment, self._draws, strict=True):
+            pixels = augmentation.apply(pixels, draw.index_select(0, ids))
+        if self.small_now:
+            pixels = resize(pixels.permute(0, 3, 1, 2), [self.small[1]] * 2).permute(0, 2, 3, 1)
+        return self.normalize(pixels), labels
+
+    def whole(self, batch: Batch) -> Batch:
+        """Return a batch of this epoch with its images, also if it came without."""
+        return batch._replace(images=self.cut(batch.ids)[0]) if batch.images.is_meta else batch
+
     def _batches(self) -> Iterator[Batch]:
         device = self.pixels.device
         order = epoch_order(self.ids, self.seed, self.epoch) if self.shuffle else self.ids
         order = _send(order, device)
-        draws = [_send(a.draw(len(self.labels), self.seed, self.epoch), device) for a in self.augment]
+        draws = [a.draw(len(self.labels), self.seed, self.epoch) for a in self.augment]
+        self._draws = [_send(new, device, old) for new, old in zip_longest(draws, self._draws)]
         self._start = 0
         while self.drawn < len(self.ids):
             start, stop = self.drawn, batch_end(self.drawn, len(self.ids), self.batch_size, self.world_size)
             self.drawn = stop
             ids = order[rank_slice(start, stop, self.rank, self.world_size)]
-            pixels, labels = self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
-            for augmentation, draw in zip(self.augment, draws, strict=True):
-                pixels = augmentation.apply(pixels, draw.index_select(0, ids))
-            if self.epoch < self.small[0]:
-                pixels = resize(pixels.permute(0, 3, 1, 2), [self.small[1]] * 2).permute(0, 2, 3, 1)
-            images = self.normalize(pixels)
+            if self.defers:
+                height, width = (self.small[1],) * 2 if self.small_now else self.pixels.shape[1:3]
+                shape = torch.empty((len(ids), 3, height, width), device="meta")
+                yield Batch(shape, self.labels.index_select(0, ids), ids, stop - start)
+                continue
+            images, labels = self.cut(ids)
             if self.mix is not None:
                 seed = derive_seed(self.seed, "mix", self.epoch, start, self.rank)
                 weights = torch.nn.functional.one_hot(labels, self.num_classes).float()
@@ -148,6 +178,11 @@ class ResidentLoader:
             yield Batch(images, labels, ids, stop - start)
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _send(tensor: Tensor, device: torch.device, old: Tensor | None = None) -> Tensor:
+    """Copy a tensor to a device without waiting for it, into the place of an old one if that is alike."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    sent = tensor.pin_memory()
+    if old is not None and (old.shape, old.dtype) == (sent.shape, sent.dtype):
+        return old.copy_(sent, non_blocking=True)
+    return sent.to(device, non_blocking=True)

@@ -4,6 +4,7 @@ To add a data set, subclass `ImageData`, say its classes, mean and std, and load
 """
 
 import hashlib
+import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ class ImageData(pl.LightningDataModule):
         self.images = images
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._fingerprint = ""
+        self._hashing: threading.Thread | None = None
 
     @property
     def num_classes(self) -> int:
@@ -108,6 +110,12 @@ class ImageData(pl.LightningDataModule):
         self._part("test" if self.trainer.state.fn == "test" else "train")
         if self.trainer.state.fn == "fit":
             self.split()
+
+    def _hash(self, tensors: tuple[Tensor, Tensor]) -> None:
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        self._fingerprint = digest.hexdigest()
 
     def check(self, world_size: int) -> None:
         """See, before a run begins, that every rank gets a share of each batch and that the augmentations fit.
@@ -155,11 +163,9 @@ class ImageData(pl.LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the images and labels that training and validation draw from."""
-        if not self._fingerprint:
-            digest = hashlib.sha256()
-            for tensor in self._part("train"):
-                digest.update(tensor.cpu().contiguous().numpy().data)
-            self._fingerprint = digest.hexdigest()
+        self._part("train")
+        assert self._hashing is not None
+        self._hashing.join()
         return self._fingerprint
 
     def sample(self, count: int) -> Tensor:
@@ -192,6 +198,9 @@ class ImageData(pl.LightningDataModule):
         device = self._device()
         if part not in self._parts:
             self._parts[part] = self.load(part)
+            if part == "train":  # beside all else that is to be done before the first checkpoint asks for it
+                self._hashing = threading.Thread(target=self._hash, args=(self._parts[part],))
+                self._hashing.start()
         pixels, labels = self._parts[part]
         if pixels.device != device:
             self._parts[part] = pixels.to(device), labels.to(device)

@@ -31,6 +31,7 @@ class DecoupledSGD(torch.optim.SGD):
         bias_factor: What the lr of vectors (biases and norms) is multiplied by, but not their decay; at least 0.
         batch_size: Images in an optimizer step, accumulated batches included, at least 1. The lr of torch grows with
             it, as the number of steps in an epoch falls.
+        fused: Take a step by torch's fused kernel.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DecoupledSGD(torch.optim.SGD):
         weight_decay: float = 0.012,
         bias_factor: float = 64.0,
         batch_size: int = 1024,
+        fused: bool = False,
     ) -> None:
         bounds = {**BOUNDS, "bias_factor": BOUNDS["lr"]}
         own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "bias_factor": bias_factor}
@@ -65,7 +67,7 @@ class DecoupledSGD(torch.optim.SGD):
                             "weight_decay": weight_decay / group_lr if group_lr else 0.0,
                         }
                     )
-        super().__init__(groups, lr=scale * lr, momentum=momentum, nesterov=momentum > 0)
+        super().__init__(groups, lr=scale * lr, momentum=momentum, nesterov=momentum > 0, fused=fused or None)
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ After K. Jordan et al., Muon: an optimizer for hidden layers in neural networks 
 (airbench94_muon) use it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +92,18 @@ class Muon(Optimizer):
                 for p, update in zip(members, updates, strict=True):
                     p.mul_(len(p) ** 0.5 / p.norm())
                     direction = orthogonalize(update.reshape(len(p), -1), group["ns_steps"])
-                    p.sub_(direction.view_as(p).to(p.dtype), alpha=group["lr"])
+                    _descend([p], [direction.view_as(p).to(p.dtype)], group["lr"])
             else:
-                torch._foreach_add_(members, updates, alpha=-group["lr"])
+                _descend(members, updates, group["lr"])
         return loss
+
+
+def _descend(parameters: list[Tensor], updates: Sequence[Tensor], lr: float | Tensor) -> None:
+    """Take lr times the updates from the parameters; an lr on the device is not waited for."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(parameters, torch._foreach_mul(list(updates), lr))
+    else:
+        torch._foreach_add_(parameters, list(updates), alpha=-lr)
 
 
 def _kind(parameter: Tensor) -> str:
