@@ -142,7 +142,7 @@ def live(o: argparse.Namespace) -> None:
 def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
     cases: dict[str, Case] = {}
     if (ROOT / "configs" / f"{name}.yaml").is_file():
-        size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={runs}", "--warm_up=400"]
+        size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={o.runs or runs}", "--warm_up=400"]
         words = ["recipe", f"--config=configs/{name}.yaml", "--eval_batch_size=2000", *size, *_on_gpu(name)]
         cases["ours"] = lambda _: _run(o, "-m", "benchmarks.steps", *words)
     samples, missing = alternate(cases, 1)
@@ -165,8 +165,10 @@ def _on_gpu(name: str) -> list[str]:
 def _options(config: dict[str, Any], prefix: str = "--") -> list[str]:
     options = []
     for key, value in config.items():
-        name = f"{prefix}{key}"
-        options += _options(value, f"{name}.") if isinstance(value, dict) else [f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        if isinstance(value, dict):
+            options += _options(value, f"{prefix}{key}.")
+        else:
+            options.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
     return options
 
 
@@ -190,6 +192,7 @@ def command() -> int:
     parser.add_argument("names", nargs="+", choices=measurements, metavar="NAME", help=", ".join(measurements))
     parser.add_argument("--root", type=lambda p: Path(p).resolve(), default=Path("data").resolve())
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each; what is late is missing")
+    parser.add_argument("--runs", type=int, help="of time94 and time96; by default 25 and 4")
     parser.add_argument("--smoke", action="store_true", help="tiny, and on a CPU too: the figures mean nothing")
     o = parser.parse_args()
     if not o.smoke and shutil.which("nvidia-smi") is None:

@@ -63,9 +63,22 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begin to write a checkpoint; a failure is raised by `wait`, or here when two more have been begun."""
-        content = serialize(checkpoint, Path(path))
+        content, head = dump(checkpoint, Path(path))
         self.wait(leave=1)
-        self._pending.append(self._writer.submit(commit, content, Path(path)))
+        self._pending.append(self._writer.submit(lambda: commit(seal(content, head), Path(path))))
+
+    def save_again(self, path: Path, other: Path) -> None:
+        """Let another file be the checkpoint that `path` is when all that has been begun is written.
+
+        It is another name for the same bytes, until either is written anew, where the file system has such names.
+        """
+        before = self._pending[-1] if self._pending else None
+
+        def link() -> None:
+            if before is None or before.exception() is None:  # else that failure is told
+                _link(path, other)
+
+        self._pending.append(self._writer.submit(link))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; see `read`. Nothing but plain values and tensors is ever unpickled."""
@@ -97,6 +110,11 @@ def serialize(checkpoint: dict[str, Any], path: Path) -> bytearray:
     Raises:
         Failure: If it holds more than plain values and tensors, or memory is used up.
     """
+    return seal(*dump(checkpoint, path))
+
+
+def dump(checkpoint: dict[str, Any], path: Path) -> tuple[bytearray, str]:
+    """Return the bytes of a checkpoint as it is now, and the beginning of its manifest; see `serialize`."""
     for key, value in leaves(checkpoint):
         if type(value) not in _PLAIN:
             raise Failure(
@@ -111,6 +129,11 @@ def serialize(checkpoint: dict[str, Any], path: Path) -> bytearray:
         raise Failure(f"{path} could not be written: out of memory") from error
     head = f'{{"format": {FORMAT}, "epoch": {checkpoint["epoch"]}, "step": {checkpoint["global_step"]}, "sha256": "'
     assert content[-2:] == b"\0\0", "torch writes archives without a comment"
+    return content, head
+
+
+def seal(content: bytearray, head: str) -> bytearray:
+    """Add the manifest to the bytes of a checkpoint."""
     content[-2:] = struct.pack("<H", len(head) + 64 + 2)
     content += head.encode()
     content += f'{hashlib.sha256(content).hexdigest()}"}}'.encode()
@@ -139,6 +162,21 @@ def commit(content: bytes | bytearray, path: Path) -> None:
             partial.unlink()
         kept = f"; the one of step {manifest(path).step} is still there" if path.is_file() else ""
         raise Failure(f"{path} could not be written ({error.strerror}){kept}") from error
+
+
+def _link(path: Path, other: Path) -> None:
+    partial = other.with_name(f".{other.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.hardlink_to(path)
+        partial.replace(other)
+        _sync_folder(other.parent)
+    except OSError:  # the file system knows no second names
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise Failure(f"{path} cannot be read ({error.strerror})") from error
+        commit(content, other)
 
 
 def manifest(path: Path) -> Manifest:

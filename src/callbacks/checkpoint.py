@@ -101,8 +101,11 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """Write the last checkpoint."""
         position: Position = "epoch" if trainer.fit_loop.epoch_loop._num_ready_batches_reached() else "cut short"
         self._save(trainer, "last", position)
-        if not trainer.enable_validation:
-            self._save(trainer, "best", position)
+        if not trainer.enable_validation and self.folder is not None:
+            if not isinstance(io := trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
+                self._save(trainer, "best", position)
+            elif trainer.is_global_zero:
+                io.save_again(self.folder / "last.ckpt", self.folder / "best.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the disk; the last epoch's end has saved, before callbacks could put in other weights."""

@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import errno
 import os
 import resource
 import signal
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src import checkpoint_io
-from src.checkpoint_io import commit, manifest, read, serialize
+from src.checkpoint_io import VerifiedCheckpointIO, commit, manifest, read, serialize
 from src.cli import main
 from src.errors import Failure
 from tests.faults.breakers import SMALL, Child, refused
@@ -239,6 +240,9 @@ class Filler(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step:
+            io = trainer.strategy.checkpoint_io
+            assert isinstance(io, VerifiedCheckpointIO)
+            io.wait()  # the checkpoint of this step is on its way to the disk
             with Path("filled").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
                 while file.write(b"\0" * 4096) == 4096:
                     pass
@@ -603,3 +607,23 @@ def test_what_is_read_is_what_was_written(value: Any, tmp_path_factory: pytest.T
     assert_same(read(path), before)
     assert_same(torch.load(path, weights_only=True), before)
     assert_same(written, before)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_of_a_checkpoint_stays_when_the_first_is_written_anew(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    io = VerifiedCheckpointIO()
+    for step in (1, 2):
+        io.save_checkpoint(tiny(step), last)
+        io.save_again(last, best)
+    io.save_checkpoint(tiny(3), last)
+    io.teardown()
+    assert (read(last)["global_step"], read(best)["global_step"]) == (3, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]

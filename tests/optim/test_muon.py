@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.optim import Muon
-from src.optim.muon import orthogonalize
+from src.optim.muon import orthogonalize, orthogonalize_all
 
 
 def network() -> Any:
@@ -27,6 +27,15 @@ def test_an_orthogonal_update_has_singular_values_near_one(shape: tuple[int, int
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), steps=5).float())
     assert values.min() > 0.5
     assert values.max() < 1.35
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (27, 8), (64, 64)])
+def test_many_updates_at_once_are_each_as_orthogonal_as_alone(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    matrices = torch.randn(3, *shape)
+    together = orthogonalize_all(matrices, steps=3).float()
+    for matrix, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, orthogonalize(matrix, steps=3).float(), rtol=0.05, atol=0.03)
 
 
 def test_the_size_of_a_step_is_the_lr_whatever_the_loss_is_scaled_by() -> None:
