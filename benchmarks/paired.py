@@ -79,7 +79,8 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
         what the last line of its output says, if that is JSON.
 
     Raises:
-        MissingError: If it fails or takes too long; says why in its own last line.
+        MissingError: If it fails, or takes too long and has not told anything in JSON until then; says why in its own
+            last line.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         ours = theirs = -1
@@ -120,11 +121,11 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
         for file in (output, errors):
             file.seek(0)
             texts.append(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.read().decode(errors="replace")))
-    if child.returncode != 0:
+    told = [line for line in texts[0].splitlines() if line.startswith("{")]
+    if child.returncode != 0 and not (late and told):
         lines = [line.strip() for line in (texts[1] or texts[0]).splitlines() if line.strip()]
         print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
         raise MissingError(f"took over {timeout:g} s" if late else lines[-1] if lines else f"exit {child.returncode}")
-    told = [line for line in texts[0].splitlines() if line.startswith("{")]
     return {
         "process seconds": seconds,
         "processor seconds": usage.ru_utime + usage.ru_stime,

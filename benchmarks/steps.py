@@ -198,6 +198,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         pixels, labels, torch.arange(len(labels)), o.eval_batch_size, Normalize(CIFAR10.mean, CIFAR10.std, DEVICE)
     )
     clock: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     prepare = ImageClassifier.prepare_data
 
     def prepared(module: ImageClassifier) -> None:
@@ -230,9 +231,14 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
             "seed": number, "steps": clock["steps"], "seconds": training + _span(tested, done),
             "training seconds": training, "acc tta": with_views, "acc": without,
         })  # fmt: skip
-    del runs[: bool(o.warm_up)]
-    means = {k: statistics.mean(r[k] for r in runs) for k in ("seconds", "training seconds", "acc tta", "acc")}
-    return means | {"runs": runs, "device": str(DEVICE)}
+        counted = runs[bool(o.warm_up) :]
+        if counted:  # told after each, as there may be no time for all
+            means = {
+                k: statistics.mean(r[k] for r in counted) for k in ("seconds", "training seconds", "acc tta", "acc")
+            }
+            found = means | {"runs": counted, "device": str(DEVICE)}
+            print(json.dumps(found), flush=True)
+    return found
 
 
 def read_plan(o: argparse.Namespace) -> Plan:
