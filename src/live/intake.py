@@ -99,6 +99,7 @@ class Intake:
         self._folders: deque[tuple[float, Path]] = deque()  # new ones, to be looked at once more
         self._held: list[dict[str, Any]] = []  # corrections of images that are still to come
         self._reading: str = ""
+        self._work: Iterator[None] | None = None
         self._gathered: list[tuple[Pixels, int, str, bytes]] = []
         self._sources: list[Source] = []
         self._so_far: Source | None = None  # the shard that is being read
@@ -165,25 +166,27 @@ class Intake:
     def run(self) -> NoReturn:
         """Take what comes, until the process is ended."""
         parent = os.getppid()
-        work: Iterator[None] | None = None
-        while True:
-            if os.getppid() != parent:
-                os._exit(0)
-            self._notice(0.0 if work or self._queue else self._pause())
-            if work is None and self._queue and len(self._gathered) < SEGMENT_IMAGES:
-                self._reading = next(iter(self._queue))
-                del self._queue[self._reading]
-                work = self._read(self._reading)
-            if work is not None and len(self._gathered) < SEGMENT_IMAGES:
-                try:
-                    next(work)
-                except StopIteration:
-                    work, self._reading = None, ""
-                    if not self._queue:
-                        self.clear_mark()
-            self._store_if_due(idle=work is None and not self._queue)
-            self._release()
-            self._tell_waiting()
+        while os.getppid() == parent:
+            self.turn()
+        os._exit(0)
+
+    def turn(self) -> None:
+        """Take note of what has happened, read the next image or a few of a shard, and store what is due."""
+        self._notice(0.0 if self._work or self._queue else self._pause())
+        if self._work is None and self._queue and len(self._gathered) < SEGMENT_IMAGES:
+            self._reading = next(iter(self._queue))
+            del self._queue[self._reading]
+            self._work = self._read(self._reading)
+        if self._work is not None and len(self._gathered) < SEGMENT_IMAGES:
+            try:
+                next(self._work)
+            except StopIteration:
+                self._work, self._reading = None, ""
+                if not self._queue:
+                    self.clear_mark()
+        self._store_if_due(idle=self._work is None and not self._queue)
+        self._release()
+        self._tell_waiting()
 
     def _pause(self) -> float:
         """Return the seconds for which there is nothing to do."""
