@@ -50,7 +50,7 @@ _BUSY = (0.02, 1.0)  # seconds until a file that is being written is looked at a
 _IGNORED = (".tmp", ".part", ".partial", "~")
 _LONGEST = 500  # letters of a name
 _LARGEST_CORRECTION = 65536  # bytes
-_TRIES = 2  # times that a file may be read when the process ends
+_TRIES = 2  # times that the process may end over the same image: once may be by chance
 
 
 class _Busy(Exception):  # noqa: N818 (nothing is wrong)
@@ -139,23 +139,23 @@ class Intake:
 
     # What is being read, for the process that comes after one that was ended by it
 
-    def _open_mark(self) -> tuple[Source | None, int]:
+    def _open_mark(self) -> tuple[tuple[Source, int] | None, int]:
         self._mark_file = os.open(self.store / ".reading", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
-            name, size, changed, tries = json.loads(os.read(self._mark_file, 65536))
-            suspect = (str(name), int(size), int(changed))
-        except (ValueError, TypeError):
-            suspect, tries = None, 0
-        self.clear_mark()
-        if suspect and tries >= _TRIES:
-            self._refuse(suspect[0], "it ended the process that read it", suspect)
-            suspect = None
-        return suspect, tries
+            name, size, changed, place, tries = json.loads(os.read(self._mark_file, 65536))
+        except (ValueError, TypeError):  # nothing was being read
+            return None, 0
+        finally:
+            self.clear_mark()
+        source = (name, size, changed)
+        if tries >= _TRIES:
+            self._refuse(name, "it ended the process that read it", source)
+        return (source, place), tries
 
-    def _mark(self, source: Source) -> None:
-        tries = self._tries + 1 if source == self._suspect else 1
-        content = json.dumps([*source, tries]).encode()
-        os.pwrite(self._mark_file, content.ljust(4096), 0)
+    def _mark(self, source: Source, place: int = 0) -> None:
+        """Note what is being read, and at which image of it."""
+        tries = self._tries + 1 if (source, place) == self._suspect else 1
+        os.pwrite(self._mark_file, json.dumps([*source, place, tries]).encode().ljust(4096), 0)
 
     def clear_mark(self) -> None:
         """Note that nothing is being read."""
@@ -370,11 +370,16 @@ class Intake:
         if length > MAX_SHARD_BYTES:
             raise OSError(f"it has {length:,} bytes; {MAX_SHARD_BYTES:,} are the most")
         first = self._progress.get(source, 0)
-        self._mark(source)
+        self._mark(source, first)
         with io.BufferedReader(file, 1 << 16) as buffered:  # type: ignore[type-var]
             for number, (given, pixels) in enumerate(read_shard(buffered, suffix, self.size, first), first):
-                if number % 100 == 0 and _differs(file.fileno(), source):
-                    raise _Busy
+                if len(self._gathered) >= SEGMENT_IMAGES or number % 20 == 0:
+                    if _differs(file.fileno(), source):
+                        raise _Busy
+                    self._so_far = (f"{name}#:{number}", length, changed) if number else None
+                    yield
+                    self._so_far = None
+                    self._mark(source, number)
                 one = (f"{name}#{number}", length, changed)
                 if one not in self._taken:
                     try:
@@ -384,11 +389,6 @@ class Intake:
                     except OSError as error:
                         self._refuse(one[0], str(error), one)
                 self._progress[source] = number + 1
-                if len(self._gathered) >= SEGMENT_IMAGES or number % 20 == 0:
-                    self._so_far = (f"{name}#:{number + 1}", length, changed)
-                    yield
-                    self._so_far = None
-                    self._mark(source)
         self._sources.append(source)
         self._taken.add(source)
 
