@@ -32,6 +32,8 @@ __all__ = ["Correction", "Feeder", "Refused", "Segment", "Source", "digests", "r
 RESTARTS = 10
 """Times that the process is started again in a run."""
 
+_MOST_READY = 10_000  # reports; with more, the process has to wait
+
 
 class Correction(NamedTuple):
     """What someone says an image really shows.
@@ -101,7 +103,7 @@ class Feeder:
         self._folder, self._store = Path(folder).absolute(), Path(store).absolute()
         self._classes, self._size = list(classes), size
         self._first, self._room = first, room
-        self._taken = set(taken)
+        self._taken = {(name, size, changed) for name, size, changed in taken}
         self._corrections = set(corrections)
         self._digests, self._names = bytearray(digests), list[str]()
         self._unjoined = 0
@@ -197,7 +199,8 @@ class Feeder:
                     process.stdin.flush()
                 with self._lock:
                     self._process = process
-                    os.set_blocking(process.stdin.fileno(), False)
+                    if hasattr(os, "set_blocking"):
+                        os.set_blocking(process.stdin.fileno(), False)
                     if self._ending.is_set():
                         process.stdin.close()
                     self._say()
@@ -266,6 +269,8 @@ class Feeder:
         else:
             sys.stderr.write(f"warning: feed: {report['reason']}\n")
             return
+        while len(self.ready) >= _MOST_READY and not self._ending.wait(0.05):
+            pass
         with self._came:
             self.ready.append(item)
             self._came.notify_all()

@@ -43,7 +43,7 @@ SEGMENT_IMAGES = 500
 
 _QUIET, _OLDEST = 0.03, 0.1
 """Seconds without another image after which a segment is stored, and seconds that its first image waits at most."""
-_RESCAN, _RESCAN_SHARE = 10.0, 0.02
+_RESCAN, _RESCAN_SHARE = 10.0, 0.005
 """Seconds between two looks at the whole folder, and the share of the time that they may take."""
 _SETTLED = 1.0  # seconds that a file is left alone where nobody can tell whether it is being written
 _BUSY = (0.02, 1.0)  # seconds until a file that is being written is looked at again: at first, and at most
@@ -155,7 +155,8 @@ class Intake:
     def _mark(self, source: Source, place: int = 0) -> None:
         """Note what is being read, and at which image of it."""
         tries = self._tries + 1 if (source, place) == self._suspect else 1
-        os.pwrite(self._mark_file, json.dumps([*source, place, tries]).encode().ljust(4096), 0)
+        os.lseek(self._mark_file, 0, os.SEEK_SET)
+        os.write(self._mark_file, json.dumps([*source, place, tries]).encode().ljust(4096))
 
     def clear_mark(self) -> None:
         """Note that nothing is being read."""
@@ -274,7 +275,7 @@ class Intake:
             self._enqueue(whole, found)
 
     def _enqueue(self, name: str, found: os.stat_result) -> None:
-        if name in self._queue or name in self._later or name == self._reading:
+        if name in self._queue or name in self._later:
             return
         leaf = name.rpartition("/")[2]
         if leaf.startswith(".") or leaf.lower().endswith(_IGNORED):
