@@ -6,8 +6,9 @@
         print(feeder.ready.popleft())
 
 To its stdin go a JSON line with what it has to know, ``digests`` times 16 bytes of the images that are known, and a
-line ``{"joined": n}`` whenever images have joined the data; when it is closed, the process ends. From its stdout come
-JSON lines of a ``kind``: ``segment``, ``refused``, ``correction``, ``waiting``, ``error`` (it goes on) or ``ended``.
+line ``{"joined": n}`` whenever images have joined the data; any other line, or the end of the file, ends the process.
+From its stdout come JSON lines of a ``kind``: ``segment``, ``refused``, ``correction``, ``waiting``, ``error`` (it goes
+on) or ``ended``.
 """
 
 import base64
@@ -143,7 +144,9 @@ class Feeder:
         with self._lock:
             process = self._process
             if process and process.stdin:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):
+                    # To close it may not be enough: a process that was forked from this one has it open too.
+                    os.write(process.stdin.fileno(), b'{"end": true}\n')
                     process.stdin.close()
         if process:
             try:
@@ -151,7 +154,7 @@ class Feeder:
             except subprocess.TimeoutExpired:
                 process.kill()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(5)
 
     def _say(self) -> None:
         process = self._process
@@ -202,7 +205,7 @@ class Feeder:
                     if hasattr(os, "set_blocking"):
                         os.set_blocking(process.stdin.fileno(), False)
                     if self._ending.is_set():
-                        process.stdin.close()
+                        process.kill()
                     self._say()
                 self._reason = ""
                 for line in process.stdout:

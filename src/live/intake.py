@@ -212,7 +212,7 @@ class Intake:
                 elif isinstance(event, int):
                     self._unjoined -= event
                 else:
-                    for path in sorted(event, key=lambda path: (CORRECTIONS in path, path)):
+                    for path in sorted(event, key=_came):
                         self._find(Path(path), again=True)
         except queue.Empty:
             pass
@@ -256,7 +256,7 @@ class Intake:
                     self._folders.append((time.monotonic() + 0.3, path))
 
     def _find_in(self, top: Path, name: str) -> None:
-        files: list[tuple[bool, int, str, os.stat_result]] = []
+        files: list[tuple[bool, int, str, os.stat_result]] = []  # in the order in which they came
         folders = [(str(top), f"{name}/" if name else "")]
         while folders:
             folder, prefix = folders.pop()
@@ -270,7 +270,7 @@ class Intake:
                             folders.append((entry.path, f"{whole}/"))
                         else:
                             found = entry.stat(follow_symlinks=False)
-                            files.append((whole.startswith(CORRECTIONS), found.st_mtime_ns, whole, found))
+                            files.append((whole.startswith(CORRECTIONS), found.st_ctime_ns, whole, found))
         for _, _, whole, found in sorted(files, key=lambda file: file[:3]):
             self._enqueue(whole, found)
 
@@ -501,6 +501,15 @@ def _can_be_sample(sample: int | str) -> bool:
     return 0 < len(sample) <= _LONGEST + 20 and sample.isprintable()
 
 
+def _came(path: str) -> tuple[bool, int, str]:
+    """Return what files are ordered by: corrections come last, the others as they were put there."""
+    try:
+        came = os.lstat(path).st_ctime_ns  # a file that is renamed keeps the time of its last change
+    except OSError:
+        came = 0
+    return CORRECTIONS in path, came, path
+
+
 def _shown(name: str) -> str:
     """Return a name as it can be printed."""
     return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode()
@@ -553,7 +562,7 @@ def _watch(folder: Path, events: "queue.SimpleQueue[set[str] | int | None]") -> 
 
 def _listen(intake: Intake, lines: BinaryIO) -> NoReturn:
     """Take what the fit says, and end with it."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # a line that says something else is the end, too
         for line in lines:
             intake.events.put(int(json.loads(line)["joined"]))
     with contextlib.suppress(OSError):

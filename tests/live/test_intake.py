@@ -446,6 +446,31 @@ def test_ctrl_c_does_not_reach_it_and_it_has_the_lowest_claim_to_the_processor(f
         os.kill(pid, 0)
 
 
+def test_it_can_be_ended_while_a_forked_process_has_its_pipe_open_too(fed: Fed) -> None:
+    save(fed.folder / "cat/1.png", 1)
+    fed.open().until(lambda: len(fed.names) == 1)
+    assert fed.feeder
+    assert fed.feeder._process
+    assert fed.feeder._process.stdin
+    held = os.dup(fed.feeder._process.stdin.fileno())
+    pid, begun = fed.pid, time.monotonic()
+    fed.close()
+    os.close(held)
+    assert time.monotonic() - begun < 4
+    assert not is_alive(pid)
+
+
+def test_of_two_that_show_the_same_the_first_is_taken(fed: Fed) -> None:
+    fed.open()
+    save(fed.folder / "dog/before.png", 0)
+    fed.until(lambda: len(fed.names) == 1)
+    save(fed.folder / "dog/z.png", 1)
+    save(fed.folder / "cat/a.png", 1)
+    fed.until(lambda: bool(fed.refused))
+    assert fed.names == ["dog/before.png", "dog/z.png"]
+    assert fed.refused == {"cat/a.png": "its pixels are those of dog/z.png"}
+
+
 def test_it_ends_when_the_fit_is_killed(tmp_path: Path) -> None:
     code = """if True:
         import time
