@@ -465,8 +465,9 @@ def test_of_two_that_show_the_same_the_first_is_taken(fed: Fed) -> None:
     save(fed.folder / "dog/before.png", 0)
     fed.until(lambda: len(fed.names) == 1)
     save(fed.folder / "dog/z.png", 1)
+    time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
     save(fed.folder / "cat/a.png", 1)
-    fed.until(lambda: bool(fed.refused))
+    fed.until(lambda: bool(fed.refused) and len(fed.names) == 2)
     assert fed.names == ["dog/before.png", "dog/z.png"]
     assert fed.refused == {"cat/a.png": "its pixels are those of dog/z.png"}
 
