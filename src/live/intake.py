@@ -106,7 +106,7 @@ class Intake:
         self._first_gathered = self._last_gathered = 0.0
         self._next_scan = 0.0
         self._told, self._told_at = (0, 0), 0.0
-        self._complained = False
+        self._retry = -math.inf  # when to write again what could not be written
         self.store.mkdir(parents=True, exist_ok=True)
         self._lock = open_lock(self.store / ".lock")
         hold(self._lock)  # another that has not noticed yet that its run has ended
@@ -116,8 +116,6 @@ class Intake:
         for path in self.store.glob(".*.partial"):
             path.unlink()
         self._suspect, self._tries = self._open_mark()
-
-    # Reports
 
     def _report(self, kind: str, **values: Any) -> None:
         write_all(self._reports, json.dumps({"kind": kind, **values}).encode() + b"\n")
@@ -136,8 +134,6 @@ class Intake:
         if waiting != self._told:
             self._report("waiting", images=waiting[0], files=waiting[1])
             self._told, self._told_at = waiting, now
-
-    # What is being read, for the process that comes after one that was ended by it
 
     def _open_mark(self) -> tuple[tuple[Source, int] | None, int]:
         self._mark_file = os.open(self.store / ".reading", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
@@ -161,8 +157,6 @@ class Intake:
     def clear_mark(self) -> None:
         """Note that nothing is being read."""
         os.ftruncate(self._mark_file, 0)
-
-    # The loop
 
     def run(self) -> NoReturn:
         """Take what comes, until the process is ended."""
@@ -195,13 +189,16 @@ class Intake:
         due = [self._next_scan, self._next_later, now + 0.5]
         if self._folders:
             due.append(self._folders[0][0])
-        if self._gathered and self._unjoined < MOST_WAITING:
+        if self._gathered and not self._must_wait():
             due.append(min(self._last_gathered + _QUIET, self._first_gathered + _OLDEST))
         return max(0.0, min(due) - now)
 
+    def _must_wait(self) -> bool:
+        return self._unjoined >= MOST_WAITING or time.monotonic() < self._retry
+
     def _notice(self, seconds: float) -> None:
         """Take note of what has happened, and wait so long if nothing has."""
-        if len(self._gathered) >= SEGMENT_IMAGES and self._unjoined >= MOST_WAITING:
+        if len(self._gathered) >= SEGMENT_IMAGES and self._must_wait():
             seconds = max(seconds, self._pause(), 0.01)
         try:
             while True:
@@ -243,7 +240,7 @@ class Intake:
             self._next_scan = 0.0
             return
         with contextlib.suppress(OSError):  # gone again
-            if any(part.startswith(".") for part in parts) and parts[:1] != (CORRECTIONS,):
+            if any(_is_ignored(part) for part in parts if part != CORRECTIONS):
                 return
             if any((self.folder / Path(*parts[:depth])).is_symlink() for depth in range(1, len(parts))):
                 return  # the link itself is refused where it is found
@@ -264,7 +261,7 @@ class Intake:
                 for entry in entries:
                     whole = prefix + entry.name
                     with contextlib.suppress(OSError):
-                        if entry.name.startswith(".") and whole != CORRECTIONS:
+                        if _is_ignored(entry.name) and whole != CORRECTIONS:
                             continue
                         if entry.is_dir(follow_symlinks=False):
                             folders.append((entry.path, f"{whole}/"))
@@ -277,13 +274,8 @@ class Intake:
     def _enqueue(self, name: str, found: os.stat_result) -> None:
         if name in self._queue or name in self._later:
             return
-        leaf = name.rpartition("/")[2]
-        if leaf.startswith(".") or leaf.lower().endswith(_IGNORED):
-            return
         if (_shown(name), found.st_size, found.st_mtime_ns) not in self._taken:
             self._queue[name] = None
-
-    # One file
 
     def _read(self, name: str) -> Iterator[None]:
         """Read a file, image by image, or refuse it."""
@@ -424,10 +416,8 @@ class Intake:
             self._first_gathered = self._last_gathered
         self._gathered.append((pixels, label, name, digest))
 
-    # Segments
-
     def _store_if_due(self, *, idle: bool) -> None:
-        if not self._gathered or self._unjoined >= MOST_WAITING:
+        if not self._gathered or self._must_wait():
             return
         now = time.monotonic()
         quiet = idle and now - self._last_gathered >= _QUIET
@@ -439,12 +429,11 @@ class Intake:
             sources = [*self._sources, self._so_far] if self._so_far else self._sources
             sha256 = write_segment(path, pixels, labels, names, sources)
         except OSError as error:
-            if not self._complained:
+            if self._retry < 0:
                 self._report("error", reason=f"{path} cannot be written ({error.strerror}); trying on")
-            self._complained = True
-            self._first_gathered = self._last_gathered = now + 2.0
+            self._retry = now + 2.0
             return
-        self._complained = False
+        self._retry = -math.inf
         self._report(
             "segment",
             number=self._number,
@@ -457,8 +446,6 @@ class Intake:
         self._number += 1
         self._unjoined += len(names)
         self._gathered, self._sources = [], []
-
-    # Corrections
 
     def _correct(self, path: Path) -> None:
         content = json.loads(read_bounded(path, _LARGEST_CORRECTION))
@@ -508,6 +495,11 @@ def _came(path: str) -> tuple[bool, int, str]:
     except OSError:
         came = 0
     return CORRECTIONS in path, came, path
+
+
+def _is_ignored(name: str) -> bool:
+    """Return whether a file or folder is its producer's own, who has not renamed it into its place."""
+    return name.startswith(".") or name.lower().endswith(_IGNORED)
 
 
 def _shown(name: str) -> str:

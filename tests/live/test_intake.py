@@ -229,6 +229,8 @@ def test_what_cannot_be_taken_is_refused_once_with_a_reason_and_the_rest_is_take
     os.truncate(cat / "huge.png", 1 << 40)
     for name in (".hidden.png", "half.png.tmp", "half.part", "half.png~", "half.PARTIAL"):
         (cat / name).write_bytes(png(noise(60)))
+    (cat / "half.tmp").mkdir()
+    (cat / "half.tmp/1.png").write_bytes(png(noise(62)))
     (fed.folder / ".trash").mkdir()
     (fed.folder / ".trash/1.png").write_bytes(png(noise(61)))
     fed.open()
@@ -562,8 +564,8 @@ class InProcess:
 
     def until(self, done: Callable[[], bool], seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
+        self.intake.events.put(None)
         while not done():
-            self.intake.events.put(None)
             self.intake.turn()
             with contextlib.suppress(BlockingIOError):
                 self.reports += [json.loads(line) for line in os.read(self._read, 1 << 20).splitlines()]
@@ -601,10 +603,14 @@ def test_a_full_disk_is_told_once_and_nothing_is_lost(tmp_path: Path, monkeypatc
         return write_segment(*args)
 
     monkeypatch.setattr(intake_module, "write_segment", full)
-    save(fed.folder / "cat/1.png", 1)
+    offer_shard(fed.folder, many(SEGMENT_IMAGES), [0] * SEGMENT_IMAGES)
+    fed.until(lambda: tries == 1)
+    begun = time.process_time()
     fed.until(lambda: tries == 3 and len(fed.reports) == 2)
     assert [report["kind"] for report in fed.reports] == ["error", "segment"]
     assert "000000.npz cannot be written (No space left on device)" in fed.reports[0]["reason"]
+    assert fed.reports[1]["count"] == SEGMENT_IMAGES
+    assert time.process_time() - begun < 2, "it waits, and does not try without a pause"
 
 
 NPZ = npz(images=many(3), labels=["cat", "dog", "frog"])
