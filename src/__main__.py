@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 # Those that need no Trainer: a light one must not wait for what it does not use.
-_LIGHT = {"steer": "src.steer", "watch": "src.watch"}
+_LIGHT = {"feed": "src.feed", "steer": "src.steer", "watch": "src.watch"}
 
 
 def main() -> int:

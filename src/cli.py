@@ -123,7 +123,8 @@ class CLI(LightningCLI):
                 "version": __version__,
                 "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
                 "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 changes "
-                "how it trains; see python -m src watch --help and steer --help.",
+                "how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch --help, steer "
+                "--help and feed --help.",
                 **{name: {"description": text} for name, text in _HELP.items()},
             },
             args=args,

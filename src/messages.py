@@ -48,7 +48,7 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
         key = _locate(found[1], args, configs)
         return f"unknown key {key}{_hint(key, known)}"
     if found := re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message):
-        return f"unknown sub-command {found[1]!r}; choose from {found[2].replace(chr(39), '')}, watch, steer"
+        return f"unknown sub-command {found[1]!r}; choose from {found[2].replace(chr(39), '')}, watch, steer, feed"
     if found := re.search(r"expected \"subcommand\" to be one of \{(.+)\}", message):
         return f"give a sub-command: {found[1].replace(',', ', ')}"
     if found := re.search(r"Parser key \"config\": File does not exist: '(.+)'", message):

@@ -3,23 +3,16 @@
 python -m src predict --ckpt_path best --data.images cat.png photos/
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from src.data.loader import Batch, Normalize
 from src.errors import Failure
-
-MAX_PIXELS = 50_000_000
-"""A picture that claims more pixels than this (150 MB as RGB) is refused before it is decoded."""
-
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is read, if Pillow was built with it: pictures alone, none of the formats that Pillow runs Ghostscript for."""
+from src.live.decode import decode_image
+from src.live.decode import list_images as list_folder
 
 
 class ImageFiles:
@@ -70,11 +63,10 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         Failure: If a path is not there, or there is no file at all.
     """
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            files += list_folder(path)
         elif path.exists():
             files.append(path)
         else:
@@ -96,37 +88,6 @@ def read_image(path: Path, size: int) -> Tensor:
         uint8 RGB ``[size, size, 3]``. Transparent parts are shown on white; 16-bit pictures are scaled down to 8 bits.
 
     Raises:
-        OSError: If the file cannot be read as an image, or claims more than `MAX_PIXELS` pixels.
+        OSError: If the file cannot be read as an image, or claims too many pixels: see `src.live.decode`.
     """
-    Image.init()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise OSError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-                image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
-                upright = ImageOps.exif_transpose(image)
-                square = ImageOps.fit(_to_rgb(upright), (size, size), method=Image.Resampling.BICUBIC)
-                return torch.from_numpy(np.array(square))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise OSError(f"it claims more than {MAX_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise OSError("it is not an image that can be read") from error
-    except OSError as error:
-        raise OSError(error.strerror or str(error) or "it cannot be read") from error
-    except Exception as error:  # decoders raise almost anything on damaged files
-        raise OSError(f"it is damaged: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        scale = 1 / 257 if wide else 1.0
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return torch.from_numpy(decode_image(path, size))

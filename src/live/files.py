@@ -3,15 +3,27 @@
 Who may write to a run's folder may steer it, but must not reach other files with the trainer's rights.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_whole(path: Path, content: bytes | memoryview, mode: int = 0o666, *, sync: bool = False) -> None:
     """Write a file beside its place and rename it into it: who looks sees the old one or the new one, whole.
+
+    Args:
+        path: The file.
+        content: All of it.
+        mode: Its permissions, less what the user's mask takes away.
+        sync: Bring it to the disk before it is renamed.
 
     Raises:
         OSError: If it cannot be written.
@@ -21,6 +33,8 @@ def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
     file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, mode)
     try:
         write_all(file, content)
+        if sync:
+            os.fsync(file)
     finally:
         os.close(file)
     partial.replace(path)
@@ -40,7 +54,7 @@ def read_bounded(path: Path, most: int) -> bytes:
         OSError: If it cannot be read.
         ValueError: If it is not a plain file, or larger; says so.
     """
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS)
+    file = open_to_read(path)
     try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
@@ -50,6 +64,31 @@ def read_bounded(path: Path, most: int) -> bytes:
         return os.read(file, most)
     finally:
         os.close(file)
+
+
+def open_to_read(path: Path) -> int:
+    """Open a file to read it; no link is followed, and a pipe is not waited for.
+
+    Raises:
+        OSError: If it cannot be.
+    """
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS)
+
+
+def being_written(file: int) -> bool | None:
+    """Return whether any process has a file, open here to be read alone, open to write; none if that is not known.
+
+    Linux grants a lease of a file only while nobody writes to it. A writer who comes just then has SIGIO sent to this
+    process: let it be ignored.
+    """
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return None
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:  # EINVAL where the file system has none, EACCES for another's file
+        return True if error.errno == errno.EAGAIN else None
+    return False
 
 
 def open_lock(path: Path) -> int:
