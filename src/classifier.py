@@ -216,6 +216,10 @@ class ImageClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch; of this rank's images, their mean loss and logits."""
         logits = self._trained[0](self._layout(batch.images)).float()
+        if batch.weights is not None:
+            losses = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="none")
+            loss = (losses * batch.weights).sum() * (self.trainer.world_size / batch.weight)
+            return {"loss": loss, "mean": losses.detach().mean(), "logits": logits.detach()}
         mean = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         own = len(batch.ids)
         share = 1 if own == batch.total else own * self.trainer.world_size / batch.total
@@ -259,9 +263,10 @@ class ImageClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probability of each class, float32 ``[b, num_classes]``."""
-        return self._logits(batch).softmax(1)
+        return self.logits(batch).softmax(1)
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
+        """Return what is said of a batch in validation, test and prediction, float32 ``[b, num_classes]``."""
         return average_views(self.network, self._layout(batch.images), self.tta).float()
 
     def on_validation_epoch_end(self) -> None:
@@ -287,7 +292,7 @@ class ImageClassifier(pl.LightningModule):
         self.confusion.reset()
 
     def _score(self, batch: Batch, stage: str) -> None:
-        logits = self._logits(batch)
+        logits = self.logits(batch)
         self.eval_loss.update(F.cross_entropy(logits, batch.labels), len(batch.labels))
         self.eval_acc.update(logits, batch.labels)
         self.confusion.update(logits, batch.labels)

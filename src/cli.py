@@ -30,6 +30,7 @@ from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
 from src.callbacks.curves import Curves
+from src.callbacks.feeding import Feeding
 from src.callbacks.guard import Guard
 from src.callbacks.memory import Memory, is_out_of_memory
 from src.callbacks.pictures import Pictures
@@ -315,6 +316,8 @@ class CLI(LightningCLI):
             curves, signals = Curves(), Signals()
             steered = bool(self._get(self.config_init, "steering"))
             replay = self._get(self.config_init, "replay")
+            source = run_folder(self.checkpoint) if self.checkpoint is not None else None
+            feeding = Feeding(source, replay, lambda: curves.latest)
             callbacks = [
                 Resume(self.changes, forks=self.checkpoint is not None and self.resumed is None),
                 curves,
@@ -322,7 +325,8 @@ class CLI(LightningCLI):
                 self._get(self.config_init, "guard"),
                 Memory(),
                 signals,
-                Steering(steered, replay, self.changes, signals, lambda: curves.latest),
+                feeding,
+                Steering(steered, replay, self.changes, signals, lambda: curves.latest, feeding),
             ]
             if (every := self._get(self.config_init, "publish_every_n_steps")) is not None:
                 callbacks.append(Publish(every))

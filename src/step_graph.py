@@ -134,6 +134,8 @@ def obstacle(trainer: pl.Trainer, device: str) -> str | None:
         return "it is for a CUDA GPU"
     if type(module) is not ImageClassifier or not isinstance(loader, ResidentLoader) or loader.mix is not None:
         return "MixUp and CutMix draw on the host"
+    if loader.growth is not None:
+        return "data.feed changes what would be recorded"
     if not (fused or type(optimizer) is Muon):
         return "of the optimizers only SGD with fused: true, DecoupledSGD and Muon read their lr on the device"
     if trainer.accumulate_grad_batches != 1:

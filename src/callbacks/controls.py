@@ -149,8 +149,20 @@ def _set_batch_size(trainer: pl.Trainer, module: ImageClassifier, loader: Reside
 
 def _cut(trainer: pl.Trainer, loader: ResidentLoader, batch_size: int) -> None:
     loader.batch_size = trainer.datamodule.batch_size = batch_size  # type: ignore[attr-defined] # set outside of __init__
+    _recount(trainer, loader)
+
+
+def _recount(trainer: pl.Trainer, loader: ResidentLoader) -> None:
     done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     count_batches(trainer, done + loader.batches_from(loader.drawn))
+
+
+def recount(trainer: pl.Trainer, module: ImageClassifier) -> None:
+    """Tell all that go by the number of batches or steps that there are other images to be drawn than before."""
+    loader = trainer.train_dataloader
+    assert isinstance(loader, ResidentLoader)
+    _recount(trainer, loader)
+    set_total_steps(trainer, module)
 
 
 def set_total_steps(trainer: pl.Trainer, module: ImageClassifier) -> None:

@@ -76,11 +76,8 @@ class Resume(pl.Callback):
                         f"images would be left out or repeated; change it at the end of an epoch"
                     )
             self._start = found["drawn"]
-            images = len(_data(trainer).split()[0])
-            if not isinstance(self._start, int) or not 0 < self._start <= images:
-                raise Failure(
-                    f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none of {images} images"
-                )
+            if not isinstance(self._start, int) or self._start <= 0:
+                raise Failure(f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none")
         self._resumed = True
         was, now = checkpoint["machine"], _machine(trainer)
         changes = [f"{name} {was[name]} before and {now[name]} now" for name in now if was[name] != now[name]]
@@ -112,6 +109,10 @@ class Resume(pl.Callback):
         if self._start:
             loader = trainer.train_dataloader
             assert isinstance(loader, ResidentLoader)
+            if self._start > loader.count:
+                raise Failure(
+                    f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none of {loader.count} images"
+                )
             done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             count_batches(trainer, done + loader.batches_from(self._start))
             if done < trainer.num_training_batches:

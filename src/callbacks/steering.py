@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.controls import controls_of, set_total_steps, snapshot
+from src.callbacks.feeding import Feeding
 from src.callbacks.resume import Position
 from src.callbacks.signals import Signals
 from src.checkpoint_io import manifest
@@ -25,7 +26,7 @@ from src.data import ImageData
 from src.errors import Failure
 from src.live.commands import Command, Refusal
 from src.live.inbox import Inbox
-from src.live.journal import Journal
+from src.live.journal import FED, Journal
 from src.live.replay import Intervention, interventions, names_of, replayed
 from src.live.transaction import Control, check, transact
 from src.step_loop import StepLoop
@@ -45,6 +46,7 @@ class Steering(pl.Callback):
         changes: What the command line sets otherwise than the checkpoint's config: ``[before, now]`` by dotted key.
         signals: Ends the fit.
         latest: The newest values of the curves, by name.
+        feeding: What feeds the fit.
     """
 
     between_chunks = True
@@ -56,10 +58,11 @@ class Steering(pl.Callback):
         changes: Mapping[str, Any],
         signals: Signals,
         latest: Callable[[], Mapping[str, float]],
+        feeding: Feeding,
     ) -> None:
         self.takes_commands, self.replay = takes_commands, replay
         self._said = names_of(changes)
-        self._signals, self._latest = signals, latest
+        self._signals, self._latest, self._feeding = signals, latest, feeding
         self._steered: dict[str, Any] = {}
         self._start: tuple[int, set[str]] | None = None
         self._done: list[str] = []
@@ -91,7 +94,8 @@ class Steering(pl.Callback):
         self._steered = {k: v for k, v in found["values"].items() if k in _STEERED and k not in self._said}
         if "batch_size" in self._steered:
             size = self._steered["batch_size"]
-            if type(size) is not int or not trainer.world_size <= size <= len(data.split()[0]):
+            most = len(data.split()[0]) + (data.feed_room if data.feed is not None else 0)
+            if type(size) is not int or not trainer.world_size <= size <= most:
                 raise Failure(f"ckpt_path: the checkpoint's batch_size, {size}, is none that the data has images for")
             data.batch_size = size
 
@@ -168,22 +172,36 @@ class Steering(pl.Callback):
             loop.chunk_end = self._script[0].step if self._script else None
         if self._waiting(trainer):
             self._take(trainer, module, loop)
-        while self._paused:
+        while self._paused or self._feeding.starves(trainer):
             if trainer.strategy.reduce_boolean_decision(self._signals.received > 0, all=False):
                 self._signals.leave(trainer, None, _position(trainer))
-            if self._inbox is not None:
+            if self._paused and self._inbox is not None:
                 self._inbox.wait(_PAUSE_POLL)
+            else:
+                self._feeding.wait(_PAUSE_POLL)
             if self._waiting(trainer):
                 self._take(trainer, module, loop)
 
     def _waiting(self, trainer: pl.Trainer) -> bool:
         waiting = self._inbox is not None and bool(self._inbox.waiting)
-        if trainer.world_size == 1 or not self.takes_commands:
+        waiting = waiting or (not self._paused and self._feeding.waiting)
+        if trainer.world_size == 1 or not (self.takes_commands or _data(trainer).feed is not None):
             return waiting
         return trainer.strategy.reduce_boolean_decision(waiting, all=False)
 
     def _take(self, trainer: pl.Trainer, module: ImageClassifier, loop: StepLoop) -> None:
-        """Do the commands that have come; all ranks do the same."""
+        """Do the commands that have come, and let what was fed join; all ranks do the same."""
+        self._take_commands(trainer, module, loop)
+        if self._paused:
+            return
+        items = self._feeding.items()
+        if trainer.world_size > 1 and _data(trainer).feed is not None:
+            items = trainer.strategy.broadcast(items)
+        record = partial(self._record, trainer, journaled=False, sync=False)
+        if items and self._feeding.take(trainer, module, items, record):
+            self._resized = True
+
+    def _take_commands(self, trainer: pl.Trainer, module: ImageClassifier, loop: StepLoop) -> None:
         commands: list[Command] = []
         while self._inbox is not None and self._inbox.waiting:
             commands.append(self._inbox.waiting.popleft())
@@ -255,6 +273,11 @@ class Steering(pl.Callback):
             if done.kind == "evaluate":
                 self._evaluate(trainer, loop, done.actor, done.id, done.own)
                 return
+            if done.kind in FED:
+                record = partial(self._record, trainer, journaled=done.own, sync=False)
+                self._feeding.redo(trainer, module, done, record)
+                self._resized = True
+                return
             changes = self._set(trainer, module, done.wanted, done.actor, done.id, done.own)
         except Refusal as refusal:
             raise Failure(f"journal: step {done.step}: {refusal}") from refusal
@@ -321,13 +344,20 @@ class Steering(pl.Callback):
         _show(trainer, f"{kind} ({actor})")
 
     def _record(
-        self, trainer: pl.Trainer, kind: str, lines: list[dict[str, Any]], actor: str, id: str, journaled: bool
+        self,
+        trainer: pl.Trainer,
+        kind: str,
+        lines: list[dict[str, Any]],
+        actor: str,
+        id: str,
+        journaled: bool,
+        sync: bool = True,
     ) -> None:
         """Journal lines that are not in the journal yet, and remember that they are done."""
         error = None
         if not journaled and self._journal is not None:
             try:
-                self._journal.extend(trainer.global_step, kind, lines, actor=actor, id=id)
+                self._journal.extend(trainer.global_step, kind, lines, actor=actor, id=id, sync=sync)
             except OSError as found:
                 error = found
         if trainer.world_size > 1:  # what one process undoes, all do

@@ -3,16 +3,19 @@
 No worker processes, no pickling, no Python for each image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from src.data.augment import Augmentation, Mixing
+from src.data.growth import EpochOrder, Event, Growth
 from src.data.order import batch_edges, batch_end, derive_seed, epoch_order, rank_slice
+from src.live.segments import Segment
 
 
 class Batch(NamedTuple):
@@ -25,12 +28,16 @@ class Batch(NamedTuple):
         ids: Positions of the images in the data set, int64 ``[b]``.
         total: Images in this batch over all ranks. A rank's loss is the sum over its images divided by
             ``total / world_size``, so that the mean over ranks is the mean over the batch, whoever holds how many.
+        weights: What the loss of each image is multiplied by, float32 ``[b]``; none: 1.
+        weight: Their sum over all ranks, which then stands in place of ``total``.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     total: int
+    weights: Tensor | None = None
+    weight: float = 0.0
 
 
 class Normalize:
@@ -74,8 +81,10 @@ class ResidentLoader:
         small: The number of epochs, from the first, whose images are scaled down, and their height and width.
         rank: This process, from 0.
         world_size: The number of processes.
+        growth: What joins the images while they are learned; none: nothing does.
 
     Attributes:
+        ids: The images that are trained on from the next epoch on, int64 on the CPU.
         drawn: Images of the epoch that have been drawn, over all ranks together.
         defers: Whether batches come without the content of their images, for who cuts them himself (`cut`).
     """
@@ -96,6 +105,7 @@ class ResidentLoader:
         small: tuple[int, int] = (0, 0),
         rank: int = 0,
         world_size: int = 1,
+        growth: Growth | None = None,
     ) -> None:
         self.pixels, self.labels, self.ids = pixels, labels, ids
         self.normalize, self.augment, self.mix, self.small = normalize, augment, mix, small
@@ -105,8 +115,11 @@ class ResidentLoader:
         if shuffle:
             self.sampler = self
         self.batch_size = batch_size
+        self.growth = growth
         self.drawn = self._start = 0
         self.defers = False
+        self._order: EpochOrder | None = None
+        self._sent = torch.empty(0, dtype=torch.int64)
         self._draws: list[Tensor] = []
 
     def set_epoch(self, epoch: int) -> None:
@@ -118,12 +131,65 @@ class ResidentLoader:
         self.drawn = self._start = position
 
     def __len__(self) -> int:
-        """Return the number of batches in a whole epoch."""
-        return self.batches_from(0)
+        """Return the number of batches in a whole epoch; at least 1 if images may yet join."""
+        batches = len(batch_edges(len(self.ids), self.batch_size, self.world_size)) - 1
+        return batches if self.growth is None else max(batches, 1)
+
+    @property
+    def count(self) -> int:
+        """The number of images in this epoch, those that have been drawn among them."""
+        return len(self.order.order)
+
+    @property
+    def order(self) -> EpochOrder:
+        """The order of this epoch."""
+        if self._order is None or self._order.epoch != self.epoch:
+            order = epoch_order(self.ids, self.seed, self.epoch) if self.shuffle else self.ids
+            self._order = EpochOrder(self.ids, order, self.seed, self.epoch)
+        return self._order
 
     def batches_from(self, start: int) -> int:
         """Return the number of batches from a position of the epoch's order on."""
-        return len(batch_edges(len(self.ids), self.batch_size, self.world_size, start)) - 1
+        return len(batch_edges(self.count, self.batch_size, self.world_size, start)) - 1
+
+    def join(self, segment: Segment) -> Tensor:
+        """Let images take part from the next batch on, each once in what is left of this epoch; return their ids."""
+        assert self.growth is not None
+        order, event = self.order, Event("segment", segment.number, -1, segment.sha256, self.epoch, self.drawn)
+        ids = self.growth.add(segment)
+        self.growth.events.append(event)
+        self._happen(order, event, ids)
+        return ids
+
+    def correct(self, id: int, label: int | None) -> None:
+        """Give an image that is trained on another class, or leave it out, from the next batch on."""
+        assert self.growth is not None
+        kind = "drop" if label is None else "relabel"
+        event = Event(kind, id, -1 if label is None else label, "", self.epoch, self.drawn)
+        if label is not None:
+            self.growth.relabel(id, label)
+        self.growth.events.append(event)
+        self._happen(self.order, event, torch.tensor([id]))
+
+    def rebuild(self, state: Iterable[Sequence[Any]], store: Path) -> None:
+        """Let happen again what `Growth.state` tells of."""
+        assert self.growth is not None
+        for event, ids in self.growth.rebuild(state, store):
+            self.epoch = event.epoch
+            self._happen(self.order, event, ids)
+
+    def _happen(self, order: EpochOrder, event: Event, ids: Tensor) -> None:
+        growth = self.growth
+        assert growth is not None
+        if event.kind == "segment":
+            order.join(ids, event.number, event.place)
+            old = self.ids[(self.ids >= growth.first) & (self.ids < growth.oldest)]
+            if len(old):
+                order.leave(old, event.place, self.world_size)
+        elif event.kind == "drop":
+            order.leave(ids, event.place, self.world_size)
+        self.ids = order.ids
+        self._sent = torch.empty(0, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of the epoch."""
@@ -143,28 +209,54 @@ class ResidentLoader:
         Args:
             ids: Which images, int64 ``[b]`` on the device.
         """
-        pixels, labels = self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
+        pixels, labels = self._take(ids)
+        rows = ids if self.growth is None else self.growth.rows(ids)
         for augmentation, draw in zip(self.augment, self._draws, strict=True):
-            pixels = augmentation.apply(pixels, draw.index_select(0, ids))
+            pixels = augmentation.apply(pixels, draw.index_select(0, rows))
         if self.small_now:
             pixels = resize(pixels.permute(0, 3, 1, 2), [self.small[1]] * 2).permute(0, 2, 3, 1)
         return self.normalize(pixels), labels
+
+    def plain(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images as they are, and their classes.
+
+        Args:
+            ids: Which images, int64 ``[b]`` on the device.
+        """
+        pixels, labels = self._take(ids)
+        return self.normalize(pixels), labels
+
+    def _take(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.growth is not None:
+            return self.growth.pixels_and_labels(self.pixels, ids)
+        return self.pixels.index_select(0, ids), self.labels.index_select(0, ids)
 
     def whole(self, batch: Batch) -> Batch:
         """Return a batch of this epoch with its images, also if it came without."""
         return batch._replace(images=self.cut(batch.ids)[0]) if batch.images.is_meta else batch
 
+    def _draw(self) -> None:
+        """Draw what the augmentations of this epoch need."""
+        if self.growth is None:
+            draws = [a.draw(len(self.labels), self.seed, self.epoch) for a in self.augment]
+        else:
+            draws = [self.growth.draw(a, self.epoch) for a in self.augment]
+        self._draws = [_send(new, self.pixels.device, old) for new, old in zip_longest(draws, self._draws)]
+
     def _batches(self) -> Iterator[Batch]:
-        device = self.pixels.device
-        order = epoch_order(self.ids, self.seed, self.epoch) if self.shuffle else self.ids
-        order = _send(order, device)
-        draws = [a.draw(len(self.labels), self.seed, self.epoch) for a in self.augment]
-        self._draws = [_send(new, device, old) for new, old in zip_longest(draws, self._draws)]
         self._start = 0
-        while self.drawn < len(self.ids):
-            start, stop = self.drawn, batch_end(self.drawn, len(self.ids), self.batch_size, self.world_size)
+        self._draw()
+        self._sent = _send(self.order.order, self.pixels.device)
+        blocks = self.growth.drawn_blocks if self.growth is not None else None
+        while self.drawn < self.count:
+            if self.growth is not None and not len(self._sent):
+                self._sent = _send(self.order.order, self.pixels.device)
+                if blocks != self.growth.drawn_blocks:
+                    blocks = self.growth.drawn_blocks
+                    self._draw()
+            start, stop = self.drawn, batch_end(self.drawn, self.count, self.batch_size, self.world_size)
             self.drawn = stop
-            ids = order[rank_slice(start, stop, self.rank, self.world_size)]
+            ids = self._sent[rank_slice(start, stop, self.rank, self.world_size)]
             if self.defers:
                 height, width = (self.small[1],) * 2 if self.small_now else self.pixels.shape[1:3]
                 shape = torch.empty((len(ids), 3, height, width), device="meta")
@@ -175,7 +267,16 @@ class ResidentLoader:
                 seed = derive_seed(self.seed, "mix", self.epoch, start, self.rank)
                 weights = torch.nn.functional.one_hot(labels, self.num_classes).float()
                 images, labels = self.mix(images, weights, seed)
-            yield Batch(images, labels, ids, stop - start)
+            yield Batch(images, labels, ids, stop - start, *self._weights(ids, start, stop))
+
+    def _weights(self, ids: Tensor, start: int, stop: int) -> tuple[Tensor | None, float]:
+        """Return the weights of images of a batch, and the sum of those of the whole batch, on all ranks."""
+        growth = self.growth
+        if growth is None or growth.weight == 1 or not growth.joined:
+            return None, 0.0
+        fed = int((self.order.order[start:stop] >= growth.first).sum())
+        weights = torch.where(ids >= growth.first, growth.weight, 1.0)
+        return weights, stop - start + (growth.weight - 1) * fed
 
 
 def _send(tensor: Tensor, device: torch.device, old: Tensor | None = None) -> Tensor:

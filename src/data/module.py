@@ -4,17 +4,19 @@ To add a data set, subclass `ImageData`, say its classes, mean and std, and load
 """
 
 import hashlib
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from src.data.augment import Augmentation, Mixing
+from src.data.growth import Growth
 from src.data.images import ImageFiles
 from src.data.loader import Normalize, ResidentLoader
 from src.data.order import generator, stratified_split
@@ -26,12 +28,16 @@ Part = Literal["train", "test"]
 class ImageData(pl.LightningDataModule):
     """Splits, orders, augments and serves a data set of labelled images.
 
+    Attributes:
+        store: The folder of the segments that have been fed to a run, for a fit that goes on.
+
     Args:
         batch_size: Images in an optimizer step, over all devices together, at least 1.
         eval_batch_size: Images in a step of validation, test or prediction, likewise.
         val_size: Left out of training for validation: a number of images (0 for none), or a share between 0 and 1.
             Stratified, and the same for every run with the same `split_seed`.
-        train_fraction: Train on this share of what is left, above 0, up to 1. Stratified.
+        train_fraction: Train on this share of what is left, above 0, up to 1; or 0 with `feed`, to learn from what is
+            fed alone. Stratified.
         samples_per_class: Train on this many images of each class instead, at least 1.
         split_seed: Seed of the choice of the val split and of the images trained on.
         augment: Augmentations of each image while training, applied in this order.
@@ -39,6 +45,12 @@ class ImageData(pl.LightningDataModule):
         small_epochs: Epochs, from the first, that train on images scaled down to `small_size`, which take less time
             (progressive resizing; Howard et al., DAWNBench 2018); 0 for none.
         small_size: Height and width of those images, from 8 pixels to the images' own.
+        feed: A folder that images are put into while a fit runs: ``CLASS/NAME.png`` and other pictures, or shards of
+            many (``.npz``, ``.tar``); see ``python -m src feed --help``. They are learned from the next step on.
+        feed_room: Images that may be fed in a run, at least 1; more are refused.
+        feed_weight: What the loss of a fed image counts, against 1 of the data set's own, above 0.
+        replay_only: Keep only so many of the newest fed images, at least 1, for a stream without an end; null keeps
+            all, up to `feed_room`.
         images: Image files, or folders of them, for `predict`; of any size and mode.
         seed: Seed of order and augmentation; linked to ``seed_everything`` on the command line.
     """
@@ -60,6 +72,10 @@ class ImageData(pl.LightningDataModule):
         mix: Mixing | None = None,
         small_epochs: int = 0,
         small_size: int = 24,
+        feed: Path | None = None,
+        feed_room: int = 50_000,
+        feed_weight: float = 1.0,
+        replay_only: int | None = None,
         images: list[Path] | None = None,
         seed: int = 42,
     ) -> None:
@@ -69,8 +85,8 @@ class ImageData(pl.LightningDataModule):
                 raise ValueError(f"{name}: {value} is out of range: at least 1 image")
         if not val_size >= 0 or (isinstance(val_size, float) and val_size >= 1):
             raise ValueError(f"val_size: {val_size} is out of range: a number of images, or a share in [0, 1)")
-        if not 0 < train_fraction <= 1:
-            raise ValueError(f"train_fraction: {train_fraction} is out of range: above 0, up to 1")
+        if not (0 if feed is not None else 1e-12) <= train_fraction <= 1:
+            raise ValueError(f"train_fraction: {train_fraction} is out of range: above 0, up to 1; or 0 with data.feed")
         if samples_per_class is not None and samples_per_class < 1:
             raise ValueError(f"samples_per_class: {samples_per_class} is out of range: at least 1 image")
         if samples_per_class is not None and train_fraction != 1:
@@ -79,12 +95,21 @@ class ImageData(pl.LightningDataModule):
             raise ValueError(f"small_epochs: {small_epochs} is out of range: 0 or more epochs")
         if not 8 <= small_size <= self.image_size:
             raise ValueError(f"small_size: {small_size} is out of range: 8 to {self.image_size} pixels")
+        for name, number in (("feed_room", feed_room), ("replay_only", replay_only)):
+            if number is not None and not 1 <= number <= 100_000_000:
+                raise ValueError(f"{name}: {number} is out of range: 1 to 100,000,000 images")
+        if not 0 < feed_weight < math.inf:
+            raise ValueError(f"feed_weight: {feed_weight} is out of range: above 0")
         self.batch_size, self.eval_batch_size, self.val_size = batch_size, eval_batch_size, val_size
         self.train_fraction, self.samples_per_class = train_fraction, samples_per_class
         self.split_seed, self.seed = split_seed, seed
         self.augment, self.mix = augment or [], mix
         self.small_epochs, self.small_size = small_epochs, small_size
+        self.feed, self.feed_room, self.feed_weight, self.replay_only = feed, feed_room, feed_weight, replay_only
         self.images = images
+        self.store: Path | None = None
+        self._growth: Growth | None = None
+        self._fed: list[list[Any]] = []
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._fingerprint = ""
         self._hashing: threading.Thread | None = None
@@ -155,6 +180,8 @@ class ImageData(pl.LightningDataModule):
             orders = [torch.randperm(len(m), generator=draw) for m, draw in zip(members, draws, strict=True)]
             picked = [m[order[: self.samples_per_class]] for m, order in zip(members, orders, strict=True)]
             train = torch.cat(picked).sort().values
+        elif self.train_fraction == 0:
+            train = train[:0]
         elif self.train_fraction < 1:
             wanted = max(1, round(self.train_fraction * len(train)))
             train = train[stratified_split(labels[train], wanted, self.split_seed, "train")[0]]
@@ -171,13 +198,36 @@ class ImageData(pl.LightningDataModule):
     def sample(self, count: int) -> Tensor:
         """Return the first images of the train split as a network is given them, float32 ``[count, 3, h, w]``."""
         pixels = self._part("train")[0]
-        ids = self.split()[0][:count].to(pixels.device)
+        train, val = self.split()
+        ids = (train if len(train) else val)[:count].to(pixels.device)
         return Normalize(self.mean, self.std, pixels.device)(pixels[ids])
 
     def train_dataloader(self) -> ResidentLoader:
         """Return the loader of the training images, in a new order each epoch."""
         shuffle = self.trainer is None or self.trainer.overfit_batches == 0  # type: ignore[attr-defined] # set outside of __init__
-        return self._loader("train", self.split()[0], self.batch_size, shuffle=shuffle, train=True)
+        loader = self._loader("train", self.split()[0], self.batch_size, shuffle=shuffle, train=True)
+        if self.feed is not None:
+            loader.growth = self._growth = Growth(
+                len(loader.labels),
+                loader.labels,
+                loader.pixels.shape[1],
+                room=self.feed_room,
+                window=self.replay_only,
+                weight=self.feed_weight,
+                seed=self.seed,
+            )
+            if self._fed:
+                assert self.store is not None
+                loader.rebuild(self._fed, self.store)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been fed, and put right."""
+        return {} if self._growth is None else {"fed": self._growth.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let what has been fed join again when the loader is made; the segments are in `store`."""
+        self._fed = state_dict["fed"]
 
     def val_dataloader(self) -> ResidentLoader | list[ResidentLoader]:
         """Return the loader of the val split, or none if that is empty."""

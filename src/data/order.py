@@ -41,6 +41,28 @@ def epoch_order(ids: Tensor, seed: int, epoch: int) -> Tensor:
     return ids[torch.randperm(len(ids), generator=generator(seed, "order", epoch))]
 
 
+def spread(rest: Tensor, arrived: Tensor, seed: int, epoch: int, number: int) -> Tensor:
+    """Return what is left of an epoch's order with images that have arrived spread evenly over it.
+
+    What was left keeps its order; where the others are, and in which order, only (seed, epoch, number) and how many
+    there are decide.
+
+    Args:
+        rest: The images that are left, int64 ``[m]``.
+        arrived: Those that have come, int64 ``[k]``.
+        seed: The run's seed.
+        epoch: The epoch.
+        number: Of the arrival: no two of a run have the same.
+    """
+    total = len(rest) + len(arrived)
+    places = torch.randperm(total, generator=generator(seed, "arrival", epoch, number))[: len(arrived)]
+    merged = torch.empty(total, dtype=torch.int64)
+    own = torch.ones(total, dtype=torch.bool)
+    own[places] = False
+    merged[places], merged[own] = arrived, rest
+    return merged
+
+
 def batch_edges(count: int, batch_size: int, world_size: int = 1, start: int = 0) -> list[int]:
     """Cut an epoch, or what is left of it, into batches: batch k holds the positions ``edges[k]`` to ``edges[k + 1]``.
 

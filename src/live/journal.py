@@ -2,12 +2,14 @@
 
     tail -f lightning_logs/version_0/live/journal.jsonl
 
-A run is a function of its config, its seed and this file. Lines of kind ``set`` and ``evaluate`` are what was done to
-it, in the order of (step, seq): a fit that goes on from a checkpoint does those anew that came after the checkpoint,
-and a replay does all of them. The others tell what was noted: ``resume``, ``rollback``, ``checkpoint``, ``pause``,
-``unpause``, ``stop``, ``refused``.
+A run is a function of its config, its seed and this file. Lines of kind ``set``, ``evaluate``, ``segment`` (images
+joined), ``relabel`` and ``drop`` are what was done to it, in the order of (step, seq): a fit that goes on from a
+checkpoint does those anew that came after the checkpoint, and a replay does all of them. The others tell what was
+noted: ``resume``, ``rollback``, ``checkpoint``, ``pause``, ``unpause``, ``stop``, ``refused``, ``quarantined`` (a file
+that was fed and is not taken).
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -19,7 +21,10 @@ from typing import Any
 
 from src.live.files import open_to_append, write_all
 
-DONE = ("set", "evaluate")
+FED = ("segment", "relabel", "drop")
+"""The kinds of lines that tell what happened to the data."""
+
+DONE = ("set", "evaluate", *FED)
 """The kinds of lines that a replay does again."""
 
 _TYPES = {"seq": int, "step": int, "time": float, "kind": str, "name": str, "actor": str, "id": str}
@@ -110,6 +115,11 @@ class Journal:
             finally:
                 os.close(file)
         return [line["seq"] for line in whole]
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """Return the whole lines, oldest first; one that is damaged or half-written is left out."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.errors import Failure
-from src.live.journal import DONE, Journal
+from src.live.journal import DONE, FED, Journal
 
 _HARMLESS = ("checkpoint.", "chunk_size", "publish_every_n_steps", "steering", "replay", "trainer.default_root_dir",
              "trainer.enable_", "trainer.log_every_n_steps", "trainer.logger")  # fmt: skip
@@ -24,9 +24,9 @@ class Intervention(NamedTuple):
 
     Attributes:
         step: Optimizer steps taken before.
-        kind: ``set`` or ``evaluate``.
+        kind: ``set``, ``evaluate``, ``segment``, ``relabel`` or ``drop``.
         wanted: The new values by name, as they were asked for.
-        effective: What they were then.
+        effective: What they were then; or what was fed or put right.
         actor: Who asked for it.
         id: The command that did.
         own: Whether it is in this run's own journal.
@@ -52,11 +52,13 @@ def interventions(lines: Iterable[dict[str, Any]]) -> list[Intervention]:
         if kind in DONE:
             wanted = {line["name"]: line["requested"] for line in of_one if kind == "set"}
             effective = {line["name"]: line["effective"] for line in of_one if kind == "set"}
+            if kind in FED and isinstance(of_one[0]["effective"], dict):
+                effective = of_one[0]["effective"]
             found.append(Intervention(step, kind, wanted, effective, of_one[0]["actor"], id))
         elif kind == "resume":
             said = {name for line in of_one for name in names_of(line["effective"])}
             found = [done._replace(wanted=_without(done.wanted, said if done.step >= step else ())) for done in found]
-    return [done for done in found if done.wanted or done.kind == "evaluate"]
+    return [done for done in found if done.wanted or done.kind != "set"]
 
 
 def names_of(changes: Any) -> set[str]:
@@ -91,7 +93,7 @@ def replayed(run: Path) -> list[dict[str, Any]]:
                 f"follow"
             )
         for key in line["effective"] if isinstance(line["effective"], dict) else {}:
-            if not key.startswith(_HARMLESS):
+            if not key.startswith(_HARMLESS) and key != "data.feed":
                 raise Failure(
                     f"replay: {run} went on at step {line['step']} with another {key}, which a replay cannot follow"
                 )
