@@ -120,6 +120,7 @@ def test_four_terminals(tmp_path: Path) -> None:
     )
 
     assert [step for step, _ in scalars(run / "live")["live/val_acc"]], "beside the run's own curves"
+    assert len(list((run / "live").glob("events.*"))) == 1, "TensorBoard would not go back to the older one"
     curves = scalars(run)
     assert [step for step, _ in curves["steer/lr"]] == [int(found[1].replace(",", ""))]
     assert curves["steer/lr"][0][1] == pytest.approx(0.01)
@@ -198,6 +199,15 @@ def test_processes_that_train_together_are_steered_together(tmp_path: Path) -> N
     again = torch.load(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
     for name, tensor in stopped["state_dict"].items():
         assert torch.equal(tensor, again["state_dict"][name]), name
+
+
+def test_a_run_without_a_val_split_cannot_be_watched_and_says_so(tmp_path: Path) -> None:
+    with running("fit", *ENDLESS, "--data.val_size=0", cwd=tmp_path):
+        wait_for_step(tmp_path / RUN, 1)
+        done = run_src("watch", RUN, "--once", cwd=tmp_path, status=2)
+    assert done.stderr == (
+        f"error: {RUN}: this run trains on all of its images (data.val_size 0): none is left to score\n"
+    )
 
 
 def test_the_history_shows_what_a_stranger_wrote_and_does_not_obey_it(tmp_path: Path) -> None:
