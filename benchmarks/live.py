@@ -16,6 +16,7 @@ try-out. The fits have the threads of ``OMP_NUM_THREADS``; without it, those of 
 (one thread): 1,001,450 reads in 6 minutes, 713 kills of the writer and 698 of readers. ``staleness`` (two threads, as
 the rest): 100,000 reads. ``overhead --root data --steps 330``: 0.992 (p99 0.989). ``acknowledge``: 42 ms, at most 43 ms
 above the longest step met. ``soak --steps 1300 --seed 1`` (one thread): 24 commands, 2 kills, three equal hashes.
+``hostile`` (one thread, 2026-11-26, torch 2.14.1, others used the machine): 1.009, median of 103 bursts in 12 minutes.
 """
 
 import argparse
@@ -61,7 +62,7 @@ from src.live.weights import EndedError, LiveWeights, Publisher, StaleError
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or CORES)
 EVERY = 10
 """Optimizer steps from one publication to the next, as a fit has it by default."""
-BURST = 500
+BURST = 100
 """Files that are dropped into a hostile inbox at once."""
 SMALL = ("--data=Shapes10", "--data.train_images=20500", "--data.val_size=500", "--data.test_images=10",
          "--data.batch_size=64", "--trainer.max_epochs=100000", "--trainer.limit_val_batches=0",
@@ -633,7 +634,7 @@ def be_hostile(run: Path, contents: list[bytes | str]) -> tuple[Counter[str], li
     def collect(total: int) -> None:
         deadline = time.monotonic() + 60 + total / 10
         while answered.total() < total and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(0.1)
             for path in list(answers.iterdir()):
                 if not path.name.startswith("."):
                     answered[path.stem if "error" in json.loads(path.read_bytes()) else "accepted"] += 1
@@ -661,7 +662,7 @@ def hostile(o: argparse.Namespace) -> bool:
     """The small CNN at batch 64, with an inbox that another process fills with what is to be refused.
 
     Garbage, half-written files, numbers that cannot be, unknown names, links, a file of 1 GB, 10,000 commands, and ids
-    sent again. It comes in bursts of 500 files: the steps while one is being refused are compared with those of the
+    sent again. It comes in bursts of 100 files: the steps while one is being refused are compared with those of the
     quiet after it, half as long. The losses are compared with those of a fit that is left alone.
     """
     contents = bad_commands(random.Random(o.seed), o.commands or 10_000)
