@@ -49,9 +49,9 @@ def feed(run: Path, folder: Path, root: Path, every: int) -> None:
         root: The folder with CIFAR-10.
         every: Optimizer steps from one class to the next.
     """
-    pixels, labels = CIFAR10(root=str(root)).load("train")
-    everything = set(CIFAR10(root=str(root)).split()[0].tolist())
-    given = set(CIFAR10(root=str(root), feed=folder, train_fraction=0.2).split()[0].tolist())
+    pixels, labels = CIFAR10(root=root).load("train")
+    everything = set(CIFAR10(root=root).split()[0].tolist())
+    given = set(CIFAR10(root=root, feed=folder, train_fraction=0.2).split()[0].tolist())
     rest = sorted(everything - given)
     with LiveWeights.open(run) as weights:
         for number, name in enumerate(CIFAR10.classes):
