@@ -44,8 +44,8 @@ class ImageData(pl.LightningDataModule):
         small_size: Height and width of those images, from 8 pixels to the images' own.
         feed: A folder that images are put into while a fit runs: ``CLASS/NAME.png`` and other pictures, or shards of
             many (``.npz``, ``.tar``); see ``python -m src feed --help``. They are learned from the next step on.
-        feed_room: Images that may be fed in a run, at least 1; more are refused. On a GPU their memory (3 KB each, of 32
-            pixels) is taken at the start; on a CPU as they come.
+        feed_room: Images that may be fed in a run, at least 1; more are refused. On a GPU their memory (3 KB each) is
+            taken at the start; on a CPU as they come.
         feed_weight: What the loss of a fed image counts, against 1 of the data set's own, above 0.
         replay_only: Keep only so many of the newest fed images, at least 1, for a stream without an end; null keeps
             all, up to `feed_room`.
