@@ -68,9 +68,9 @@ def _draw(run: Path, joined: list[dict[str, Any]], path: Path) -> None:
     events.Reload()
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    for name in ("val/acc", "feed/prequential_acc_window"):
+    for name, style in (("feed/prequential_acc_window", "."), ("val/acc", "-")):  # the one is there where images arrive
         points = events.Scalars(name)
-        axes.plot([p.step for p in points], [p.value for p in points], label=name)
+        axes.plot([p.step for p in points], [p.value for p in points], style, markersize=4, label=name)
     seen: set[int] = set()
     for line in joined:
         labels = np.load(run / "live" / "segments" / line["name"])["labels"]
