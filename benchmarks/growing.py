@@ -4,8 +4,8 @@
 
 Both are configs/cifar10_fed.yaml with the same seed and the same number of steps, so of images seen. One is given all
 of the train split (45,000 images) at once. The other is given a fifth, and the rest is fed by examples/feed_cifar10.py,
-class by class, from a process of its own. Both are tested on their last weights. The picture, of the fed run of the
-first round, goes to the folder of results.
+class by class, from a process of its own. Both are tested on their last weights. The picture in the READMEs,
+docs/fed.png, is of the fed run of the first round.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def fit(o: argparse.Namespace, number: int, *, fed: bool) -> dict[str, Any]:
             raise MissingError("the test failed")
         joined = [line for line in Journal(run / "live" / "journal.jsonl").read() if line["kind"] == "segment"]
         if fed and number == 0:
-            _draw(run, joined, Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results") / "growing_curves.png")
+            _draw(run, joined, ROOT / "docs" / "fed.png")
         acc = json.loads((run / "test.json").read_text())["test/acc"]
         return {"test acc": acc, "images that joined": sum(line["effective"]["images"] for line in joined)}
 
