@@ -107,10 +107,13 @@ def _print_answer(command: Command, answer: dict[str, Any]) -> None:
     elif command.do == "status":
         state = "paused" if answer["paused"] else "training"
         _say(f"{state}: step {answer['step']:,}, epoch {answer['epoch'] + 1}")
+        metrics = {k: v for k, v in answer["metrics"].items() if k not in answer["values"]}
+        width = max(18, *(len(name) + 2 for name in (*answer["values"], *metrics)))
         for name, value in sorted(answer["values"].items()):
-            _say(f"  {name:<18}{_text(value)}")
-        for name, value in sorted((k, v) for k, v in answer["metrics"].items() if k not in answer["values"]):
-            _say(f"  {name:<18}{value:.4g}")
+            _say(f"  {name:<{width}}{_text(value)}")
+        for name, value in sorted(metrics.items()):
+            form = ".0f" if float(value).is_integer() else ".4g"  # a count is told to the last one
+            _say(f"  {name:<{width}}{value:{form}}")
     else:
         changes = [f"{name} {_text(old)} -> {_text(new)}" for name, (old, new) in answer.get("changes", {}).items()]
         result = [f"{name} {_text(value)}" for name, value in (answer.get("result") or {}).items()]

@@ -154,7 +154,7 @@ def _cut(trainer: pl.Trainer, loader: ResidentLoader, batch_size: int) -> None:
 
 def _recount(trainer: pl.Trainer, loader: ResidentLoader) -> None:
     done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    count_batches(trainer, done + loader.batches_from(loader.drawn))
+    count_batches(trainer, max(1, done + loader.batches_from(loader.drawn)))  # one that waits for images has one
 
 
 def recount(trainer: pl.Trainer, module: ImageClassifier) -> None:

@@ -207,9 +207,11 @@ class Feeding(pl.Callback):
         return self._feeder is not None and bool(self._feeder.ready) and time.monotonic() >= self._not_before
 
     def starves(self, trainer: pl.Trainer) -> bool:
-        """Return whether there is no image to learn from until one is fed."""
+        """Return whether there are too few images to learn from, one for each rank, until others are fed."""
         loader = trainer.train_dataloader
-        if not isinstance(loader, ResidentLoader) or loader.growth is None or loader.count > loader.drawn:
+        if not isinstance(loader, ResidentLoader) or loader.growth is None:
+            return False
+        if loader.count - loader.drawn >= loader.world_size:
             return False
         if trainer.is_global_zero and self._feeder is None:
             raise Failure("data.train_fraction: 0 leaves nothing to train on, and nothing is fed")

@@ -184,15 +184,20 @@ class Steering(pl.Callback):
 
     def _waiting(self, trainer: pl.Trainer) -> bool:
         waiting = self._inbox is not None and bool(self._inbox.waiting)
-        waiting = waiting or (not self._paused and self._feeding.waiting)
+        waiting = waiting or (not self._paused and not self._joins_again and self._feeding.waiting)
         if trainer.world_size == 1 or not (self.takes_commands or _data(trainer).feed is not None):
             return waiting
         return trainer.strategy.reduce_boolean_decision(waiting, all=False)
 
+    @property
+    def _joins_again(self) -> bool:
+        """Whether what has been fed is yet to join again; what is new waits, as ids are given in this order."""
+        return any(done.own and done.kind in FED for done in self._script)
+
     def _take(self, trainer: pl.Trainer, module: ImageClassifier, loop: StepLoop) -> None:
         """Do the commands that have come, and let what was fed join; all ranks do the same."""
         self._take_commands(trainer, module, loop)
-        if self._paused:
+        if self._paused or self._joins_again:
             return
         items = self._feeding.items()
         if trainer.world_size > 1 and _data(trainer).feed is not None:

@@ -229,10 +229,11 @@ class EpochOrder:
         Args:
             ids: Which.
             place: Images of the epoch that have been drawn.
-            least: If fewer would be left to draw in this epoch, it ends as it would have.
+            least: If fewer would be left to draw in an epoch that has begun, it ends as it would have; one that has
+                not waits for others.
         """
         self.ids = self.ids[~torch.isin(self.ids, ids)]
         rest = self.order[place:]
         kept = rest[~torch.isin(rest, ids)]
-        if len(kept) >= least:
+        if len(kept) >= least or not place:
             self.order = torch.cat([self.order[:place], kept])

@@ -154,6 +154,8 @@ class ImageData(pl.LightningDataModule):
         for name in ("batch_size", "eval_batch_size"):
             if (value := getattr(self, name)) < world_size:
                 raise UsageError(f"data.{name}: {value} is less than the number of devices, {world_size}")
+        if self.replay_only is not None and self.replay_only < world_size:
+            raise UsageError(f"data.replay_only: {self.replay_only} is less than the number of devices, {world_size}")
         pixels = torch.zeros((1, self.image_size, self.image_size, 3), dtype=torch.uint8)
         for augmentation in self.augment:
             try:

@@ -1,0 +1,207 @@
+"""What feeding promises: a run that is fed, killed and resumed equals one that is not killed, and so does its replay.
+
+And what is scored before it is learned is what an independent look at the journal, the segments and the weights finds.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
+
+from src.callbacks.feeding import WINDOW
+from src.callbacks.pictures import Pictures
+from src.live.journal import Journal
+from src.live.segments import segment_path
+from tests.faults.eater import FEED, OWN, PLAN, Oracle, feed_now
+from tests.faults.probe import SMALL, CrashError, Done, assert_equal, assert_same_run, batches, curves, fit, load
+from tests.faults.test_resume import AUGMENT, CALLBACKS, LAST, ONE_CYCLE, RECIPES, RUN
+
+Plan = dict[int, list[Any]]
+"""By the step after which it is fed: a number of images, or a correction ``[sample, label]``."""
+
+
+def with_callbacks(*callbacks: dict[str, Any] | str) -> list[str]:
+    named = [{"class_path": f"tests.faults.eater.{c}"} if isinstance(c, str) else c for c in callbacks]
+    return ["--trainer.callbacks", json.dumps(named)]
+
+
+def fed(*args: str, plan: Plan, crashes: list[int], callbacks: list[dict[str, Any]] | None = None) -> Done:
+    """Run a fit that is fed, and go on with it after each crash."""
+    FEED.mkdir(exist_ok=True)
+    PLAN.write_text(json.dumps({"fed": plan, "crashes": crashes, "left": False}))
+    named = with_callbacks(*(callbacks or []), "Eater")
+    command = [*SMALL, "--data.feed=feed", "--checkpoint.every_n_steps=2", *named, *args]
+    for _ in crashes:
+        with pytest.raises(CrashError):
+            fit(*command)
+        command = ["--ckpt_path", str(LAST), *named]
+    done = fit(*command)
+    assert done.status == 0, done
+    return done
+
+
+def replayed(*args: str) -> Path:
+    done = fit("--config", RUN / "config.yaml", "--replay", RUN, *args)
+    assert (done.status, done.err) == (0, ""), done
+    return RUN.with_name("version_1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_and_in_order() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pictures, "on_validation_end", lambda *_: None)
+        patch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(10**6))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+MIXED: Plan = {
+    1: [12],
+    3: [5, [OWN, "circle"], ["003-0.npz#2", None]],
+    4: [1],
+    6: [[OWN + 1, None], 7],
+    9: [20, [3, "star"]],
+}
+ALONE = ["--data.train_fraction=0"]
+
+RUNS: list[Any] = [
+    ("one_cycle", MIXED, [2, 7]),
+    ("window", MIXED, [5, 10]),
+    pytest.param("one_cycle", MIXED, [2, 5, 8, 11], marks=pytest.mark.slow),
+    pytest.param("averaged", MIXED, [5, 10], marks=pytest.mark.slow),
+    pytest.param("cutmix", MIXED, [5], marks=pytest.mark.slow),
+    pytest.param("accumulate_and_validate", MIXED, [5], marks=pytest.mark.slow),
+    pytest.param("lookahead", MIXED, [7], marks=pytest.mark.slow),
+    pytest.param("plateau", MIXED, [5, 8], marks=pytest.mark.slow),
+    pytest.param("max_steps", MIXED, [7], marks=pytest.mark.slow),
+    pytest.param("weighted", MIXED, [5], marks=pytest.mark.slow),
+    pytest.param("chunks", MIXED, [5], marks=pytest.mark.slow),
+]
+"""A run is killed where nothing has come that has not joined: that would join at another step when it goes on."""
+MORE = {
+    "window": [AUGMENT, ONE_CYCLE, "--data.replay_only=8"],
+    "weighted": [AUGMENT, ONE_CYCLE, "--data.feed_weight=2.5"],
+    "chunks": [ONE_CYCLE, "--chunk_size=4"],
+}
+
+
+@pytest.mark.parametrize(("recipe", "plan", "crashes"), RUNS)
+def test_a_fed_run_that_is_killed_and_resumed_equals_one_that_is_not_and_so_does_its_replay(
+    recipe: str, plan: Plan, crashes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, callbacks = {**RECIPES, **MORE}[recipe], CALLBACKS.get(recipe, [])
+    for folder in ("quiet", "killed"):
+        Path(folder).mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir("quiet")
+        fed(*args, plan=plan, crashes=[], callbacks=callbacks)
+    monkeypatch.chdir("killed")
+    fed(*args, plan=plan, crashes=crashes, callbacks=callbacks)
+    assert_same_run(RUN, Path("../quiet") / RUN, distinct=True)
+    PLAN.unlink()
+    assert_same_run(replayed(), RUN, distinct=True)
+
+
+def test_what_had_come_when_a_run_died_waits_until_what_had_joined_has_joined_again() -> None:
+    fed("--checkpoint.every_n_steps=3", plan={1: [3], 5: [4], 6: [6]}, crashes=[6])
+    lines = [line for line in Journal(RUN / "live/journal.jsonl").read() if line["kind"] == "segment"]
+    steps = [line["step"] for line in lines]
+    assert steps[:2] == [1, 5]
+    assert steps == sorted(steps)
+    assert [line["effective"]["first_id"] for line in lines] == [OWN, OWN + 3, OWN + 7]
+    PLAN.unlink()
+    assert_same_run(replayed(), RUN, distinct=True)
+
+
+def test_a_run_that_starts_empty_learns_from_the_stream_alone_and_is_replayed() -> None:
+    FEED.mkdir()
+    feed_now("000-0", 15)
+    fed(*ALONE, *RECIPES["one_cycle"], "--trainer.max_epochs=4", plan={1: [20], 5: [30]}, crashes=[4, 8])
+    lines = [line for line in Journal(RUN / "live/journal.jsonl").read() if line["kind"] == "segment"]
+    assert [(line["step"], line["effective"]["images"]) for line in lines] == [(0, 15), (1, 20), (5, 30)]
+    PLAN.unlink()
+    again = replayed()
+    assert_same_run(again, RUN, distinct=True)
+
+
+def test_the_images_of_a_replay_are_each_drawn_once_an_epoch() -> None:
+    fed(plan=MIXED, crashes=[], callbacks=[{"class_path": "tests.faults.probe.Probe", "init_args": {"log": "log"}}])
+    lines = [line for line in Journal(RUN / "live/journal.jsonl").read() if line["kind"] in ("segment", "drop")]
+    log = batches(Path("log"))
+    for epoch in (0, 1):
+        ids = [id for line in log if line[1] == epoch for id in line[3]]
+        assert len(ids) == len(set(ids))
+        first, last = (f(line[0] for line in log if line[1] == epoch) for f in (min, max))
+        due = set(range(OWN, OWN + sum(n["effective"].get("images", 0) for n in lines if n["step"] < last)))
+        gone = {line["effective"]["id"] for line in lines if line["kind"] == "drop" and line["step"] < first}
+        assert due - gone <= {*ids} | {line["effective"]["id"] for line in lines if line["kind"] == "drop"}
+        assert not gone & {*ids}
+        assert len({id for id in ids if id < OWN}) == 55
+
+
+@pytest.mark.parametrize("recipe", ["one_cycle", "window"])
+def test_the_prequential_curves_are_those_of_an_oracle_to_the_last_digit(recipe: str) -> None:
+    plan: Plan = {1: [12], 3: [5], 6: [40], 7: [[OWN, "star"]], 9: [3]}
+    fed(*{**RECIPES, **MORE}[recipe], plan=plan, crashes=[5])
+    PLAN.unlink()
+    again = replayed(*with_callbacks("Oracle"))
+    assert_equal(load(again)["state_dict"], load(RUN)["state_dict"], "the oracle changes nothing")
+    assert [step for step, *_ in Oracle.scored] == [1, 3, 6, 9]
+    images, hits, loss = 0, 0, 0.0
+    last: deque[tuple[float, bool]] = deque(maxlen=WINDOW)
+    found = {tag: dict(points) for tag, points in curves(again).items()}
+    of_run = {tag: dict(points) for tag, points in curves(RUN).items()}
+    for step, losses, right in Oracle.scored:
+        images, hits, loss = images + len(losses), hits + int(right.sum()), loss + float(losses.sum())
+        last.extend(zip(losses.tolist(), right.tolist(), strict=True))
+        wanted = {
+            "feed/prequential_acc": hits / images,
+            "feed/prequential_loss": loss / images,
+            "feed/prequential_acc_window": sum(hit for _, hit in last) / len(last),
+            "feed/prequential_loss_window": math.fsum(loss for loss, _ in last) / len(last),
+        }
+        for tag, value in wanted.items():
+            assert found[tag][step] == of_run[tag][step] == float(np.float32(value)), (tag, step)
+    kept = load(again)["prequential"]
+    assert (kept["images"], kept["hits"]) == (60, hits)
+    assert kept["loss"] == loss
+
+
+def test_a_segment_that_was_damaged_is_refused_by_name() -> None:
+    fed(plan={1: [4]}, crashes=[])
+    path = segment_path(RUN / "live/segments", 0)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    PLAN.unlink()
+    for args in (
+        ["--ckpt_path", str(LAST), "--trainer.max_epochs=3"],
+        ["--config", str(RUN / "config.yaml"), "--replay", str(RUN)],
+    ):
+        done = fit(*args, *with_callbacks("Eater"))
+        assert done.status == 1, done
+        assert done.err.startswith("error: "), done
+        assert "segments/000000.npz has been changed: its SHA-256 is" in done.err
+        assert done.err.count("\n") == 1
+
+
+def test_a_run_that_goes_on_in_a_folder_of_its_own_takes_what_it_was_fed_with_it() -> None:
+    fed(plan={1: [4], 3: [5]}, crashes=[])
+    PLAN.write_text(json.dumps({"fed": {16: [6]}, "crashes": [], "left": False}))
+    done = fit("--ckpt_path", LAST, "--new_run=true", "--trainer.max_epochs=3", *with_callbacks("Eater"))
+    assert (done.status, done.err) == (0, ""), done
+    run = RUN.with_name("version_1")
+    assert [event[:2] for event in load(run)["Shapes10"]["fed"]] == [["segment", 0], ["segment", 1], ["segment", 2]]
+    stores = [sorted(path.name for path in (of / "live/segments").glob("*.npz")) for of in (RUN, run)]
+    assert stores == [["000000.npz", "000001.npz"], ["000000.npz", "000001.npz", "000002.npz"]]
+    assert not [line for line in Journal(run / "live/journal.jsonl").read() if line["kind"] == "quarantined"]
