@@ -21,7 +21,7 @@ from src.data.growth import Growth
 from src.data.images import ImageFiles
 from src.data.loader import Normalize, ResidentLoader
 from src.data.order import generator, stratified_split
-from src.errors import UsageError
+from src.errors import Failure, UsageError
 
 Part = Literal["train", "test"]
 
@@ -226,6 +226,8 @@ class ImageData(pl.LightningDataModule):
             if self._fed:
                 assert self.store is not None
                 loader.rebuild(self._fed, self.store)
+        elif self._fed:
+            raise Failure("data.feed: the checkpoint's run was fed, which this one would do without; name the folder")
         return loader
 
     def state_dict(self) -> dict[str, Any]:
