@@ -90,7 +90,8 @@ class Toggle(pl.Callback):
     stopped.
 
     Args:
-        path: The file to write at the end: for each step when it began, in seconds, whether it is on, and its block.
+        path: The file to write at the end: for each step when it began, in seconds, those that the thread has had of a
+            processor until then, whether it is on, and its block.
         every: Steps of a block.
     """
 
@@ -98,7 +99,7 @@ class Toggle(pl.Callback):
 
     def __init__(self, path: Path, every: int = 50) -> None:
         self.path, self.every = path, every
-        self.begins: list[tuple[float, bool, int]] = []
+        self.begins: list[tuple[float, float, bool, int]] = []
         self._kept: tuple[Any, Any] | None = None
 
     def on_train_batch_start(
@@ -108,7 +109,8 @@ class Toggle(pl.Callback):
         block, place = divmod(trainer.global_step, self.every)
         if not place:
             self._turn(trainer, block % 2 == 1)
-        self.begins.append((time.perf_counter(), self._kept is None, block if place > 1 and batch_idx > 1 else -1))
+        counted = block if place > 1 and batch_idx > 1 else -1
+        self.begins.append((time.perf_counter(), time.thread_time(), self._kept is None, counted))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turn it on, so that it ends as it should, and write it all down."""
@@ -370,7 +372,7 @@ def soak(o: argparse.Namespace) -> bool:
         "batches compared": len(draws),
     }
     claims = {
-        "at least 10,000 good images": len(good) >= 10_000 or bool(o.images),
+        "at least 10,000 good images": len(good) >= 10_000,
         "every good image joined, with its pixels, exactly once": pixels == good and set(found.values()) == {1},
         "every bad one is in the journal once, with its reason, and nothing else is": (
             len(quarantined) == len(reasons) == len(bad)
@@ -465,13 +467,13 @@ def all_drawn(path: Path, ids: Iterable[int]) -> bool:
 def overhead(o: argparse.Namespace) -> bool:
     """The time of an optimizer step while images join at a steady rate, over that while none comes.
 
-    Blocks of 6 s with and without alternate in one fit of one thread; PNG files that have been encoded before are put
-    into the folder, one by one, by a process beside it. The first second of a block is left out, and steps that begin
+    Blocks of 6 s with and without alternate in one fit of one thread; PNG files, encoded before, or shards
+    are put into the folder by a process beside it. The first second of a block is left out, and steps that begin
     an epoch. A step is the time from the start of its batch to that of the next: it holds the scoring of what joins.
     """
     blocks, seconds = o.blocks or 20, 6.0
     rng = random.Random(o.seed)
-    files = [png(rng_pixels(rng)) for _ in range(int(o.rate * seconds * (blocks // 2 + 1)) + 100)]
+    files = [png(rng_pixels(rng)) for _ in range(0 if o.shard else int(o.rate * seconds * (blocks // 2 + 1)) + 100)]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         drawn = folder / "drawn.txt"
@@ -486,12 +488,17 @@ def overhead(o: argparse.Namespace) -> bool:
         for block in range(blocks):
             begun, feeds, sent = time.monotonic(), block % 2 == 0, number
             while (now := time.monotonic()) < begun + seconds:
-                while feeds and number < len(files) and (now - begun) * o.rate > number - sent:
-                    put(folder / "feed" / CLASSES[number % 10] / f"{number}.png", files[number])
-                    number += 1
+                while feeds and (now - begun) * o.rate > number - sent:
+                    if o.shard:
+                        noise = np.frombuffer(rng.randbytes(o.shard * 32 * 32 * 3), dtype=np.uint8)
+                        offer_shard(folder / "feed", noise.reshape(-1, 32, 32, 3), [i % 10 for i in range(o.shard)])
+                    else:
+                        put(folder / "feed" / CLASSES[number % 10] / f"{number}.png", files[number])
+                    number += o.shard or 1
                 time.sleep(0.01)
             spans.append((begun, feeds, joined(fit)))
         fit.wait_for(lambda: joined(fit) == number + 1)
+        times = len(journal(fit, "segment"))
         lines = [json.loads(line) for line in drawn.read_text().splitlines()]
         fit.close()
     ms: dict[int, list[float]] = defaultdict(list)
@@ -508,7 +515,9 @@ def overhead(o: argparse.Namespace) -> bool:
     mean = statistics.fmean(busy) / statistics.fmean(idle)
     figures = {
         "images/s that were fed, and joined, while busy": o.rate,
+        "images of a file": o.shard or 1,
         "images that joined": number + 1,
+        "segments that joined in a second, while busy": round(times / (seconds * -(-blocks // 2)), 2),
         "joined at the end of each block": [count for *_, count in spans],
         "ms a step, busy": spread(busy),
         "ms a step, idle": spread(idle),
@@ -517,8 +526,9 @@ def overhead(o: argparse.Namespace) -> bool:
         "ratio of p95": round(percentile(busy, 95) / percentile(idle, 95), 4),
         "ratios of neighbouring blocks": spread(neighbours),
     }
-    claims = {f"median at most 1.03 at {o.rate:g} images/s": median <= 1.03}
-    return tell("overhead", overhead, len(idle), figures, claims)
+    what = f"{o.rate:g} images/s in {f'shards of {o.shard}' if o.shard else 'files of one'}"
+    claims = {f"median at most 1.03 at {what}": median <= 1.03}
+    return tell(f"overhead_{o.rate:g}{'_shards' if o.shard else ''}", overhead, len(idle), figures, claims)
 
 
 def idle(o: argparse.Namespace) -> bool:
@@ -537,8 +547,10 @@ def idle(o: argparse.Namespace) -> bool:
             fit.finish()
         begins = json.loads((folder / "toggle.json").read_text())
     blocks: dict[int, tuple[bool, list[float]]] = {}
-    for (begin, on, block), (end, _, after) in pairwise(begins):
+    own: dict[bool, list[float]] = {True: [], False: []}
+    for (begin, had, on, block), (end, has, _, after) in pairwise(begins):
         if block >= 2 and after == block:
+            own[on].append(1e3 * (has - had))
             blocks.setdefault(block, (on, []))[1].append(1e3 * (end - begin))
     with_feed = [ms for on, values in blocks.values() if on for ms in values]
     without = [ms for on, values in blocks.values() if not on for ms in values]
@@ -552,6 +564,9 @@ def idle(o: argparse.Namespace) -> bool:
         "ratio of medians": round(median, 5),
         "ratio of means": round(statistics.fmean(with_feed) / statistics.fmean(without), 5),
         "ratios of neighbouring blocks": spread(pairs),
+        "ms of a processor that the training thread takes for a step, with": spread(own[True]),
+        "ms of a processor that the training thread takes for a step, without": spread(own[False]),
+        "ratio of these medians": round(statistics.median(own[True]) / statistics.median(own[False]), 5),
     }
     return tell("idle", idle, len(without), figures, {"median at most 1.005": median <= 1.005})
 
@@ -568,6 +583,7 @@ def command() -> int:
     parser.add_argument("--epochs", type=int, help="of soak (12)")
     parser.add_argument("--seconds", type=float, default=50.0, help="that the producers of soak take")
     parser.add_argument("--rate", type=float, default=50.0, help="of overhead, in images/s")
+    parser.add_argument("--shard", type=int, default=0, help="of overhead: images of a shard; 0 for files of one")
     parser.add_argument("--blocks", type=int, help="of overhead (20), of 6 s each")
     parser.add_argument("--steps", type=int, help="of idle (6000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")

@@ -69,8 +69,9 @@ class Resume(pl.Callback):
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         done = counts["ready"]
         if done:
-            for key, names in (("seed", "seed_everything"), ("split", " or ".join(_CUT))):
-                if found[key] != own[key]:
+            kept = ("seed", "seed_everything"), ("split", " or ".join(_CUT)), ("window", "data.replay_only")
+            for key, names in kept:
+                if found.get(key) != own[key]:
                     raise Failure(
                         f"ckpt_path: {names} differs from the checkpoint's, which is from the middle of an epoch: "
                         f"images would be left out or repeated; change it at the end of an epoch"
@@ -147,7 +148,7 @@ class Resume(pl.Callback):
             data = _data(trainer)
             ids = data.split()[0]
             split = hashlib.sha256(ids.numpy().data).hexdigest()
-            self._order = {"seed": data.seed, "split": split}
+            self._order = {"seed": data.seed, "split": split, "window": data.replay_only}
         return self._order
 
 

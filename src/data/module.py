@@ -5,6 +5,7 @@ To add a data set, subclass `ImageData`, say its classes, mean and std, and load
 
 import hashlib
 import math
+import os
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from src.data.growth import Growth
 from src.data.images import ImageFiles
 from src.data.loader import Normalize, ResidentLoader
 from src.data.order import generator, stratified_split
-from src.errors import UsageError
+from src.errors import Failure, UsageError
 
 Part = Literal["train", "test"]
 
@@ -156,6 +157,10 @@ class ImageData(pl.LightningDataModule):
                 raise UsageError(f"data.{name}: {value} is less than the number of devices, {world_size}")
         if self.replay_only is not None and self.replay_only < world_size:
             raise UsageError(f"data.replay_only: {self.replay_only} is less than the number of devices, {world_size}")
+        if self.feed is not None:
+            there = next(path for path in (self.feed, *self.feed.parents, Path()) if os.path.lexists(path))
+            if not there.is_dir():
+                raise UsageError(f"data.feed: {there} is not a folder")
         pixels = torch.zeros((1, self.image_size, self.image_size, 3), dtype=torch.uint8)
         for augmentation in self.augment:
             try:
@@ -224,6 +229,8 @@ class ImageData(pl.LightningDataModule):
             if self._fed:
                 assert self.store is not None
                 loader.rebuild(self._fed, self.store)
+        elif self._fed:
+            raise Failure("data.feed: the checkpoint's run was fed, which this one would do without; name the folder")
         return loader
 
     def state_dict(self) -> dict[str, Any]:

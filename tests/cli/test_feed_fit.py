@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.checkpoint_io import manifest
+from src.cli import main
 from src.data import Shapes10
 from src.errors import Failure
 from src.live.commands import LOCK
@@ -257,4 +259,82 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
     }  # fmt: skip
     assert dict(curves["feed/images"])[steps[-1]] == 124
     assert len(journal(run, "refused")) == 2, "once, also after a resume"
+    assert_replays(tmp_path)
+
+
+EMPTY = [*FED, "--data.train_fraction=0"]
+
+
+def test_a_run_that_starts_with_nothing_waits_and_learns_from_the_stream_alone(tmp_path: Path) -> None:
+    run, feed = tmp_path / RUN, tmp_path / "feed"
+    with running(*EMPTY, "--data.replay_only=60", cwd=tmp_path) as fit:
+        until(lambda: lives(run / "live" / LOCK), "waiting", fit)
+        assert "step 0" in steer(tmp_path, "status")
+        offer_shard(feed, noise(100), [i % 10 for i in range(100)])
+        until(lambda: joined(run) == 100, "the first images join", fit)
+        offer_shard(feed, noise(30, seed=1), [i % 10 for i in range(30)])
+        until(lambda: joined(run) == 130, "others join", fit)
+        step = stop(tmp_path, fit)
+    assert step > 0
+    assert journal(run, "segment")[0]["step"] == 0
+    assert len(load(run)["Shapes10"]["fed"]) == len(journal(run, "segment"))
+    assert_replays(tmp_path)
+
+
+def test_ctrl_c_ends_a_fit_that_waits(tmp_path: Path) -> None:
+    with running(*EMPTY, cwd=tmp_path) as fit:
+        until(lambda: lives(tmp_path / RUN / "live" / LOCK), "waiting", fit)
+        fit.send_signal(signal.SIGINT)
+        _, err = fit.communicate(timeout=60)
+        assert fit.returncode == 130, err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.feed=feed", "--data.feed_room=0"], "data.feed_room: 0 is out of range: 1 to 100,000,000 images"),
+        (["--data.feed=feed", "--data.replay_only=0"], "data.replay_only: 0 is out of range: 1 to 100,000,000 images"),
+        (["--data.feed=feed", "--data.feed_weight=0"], "data.feed_weight: 0.0 is out of range: above 0"),
+        (
+            ["--data.train_fraction=0"],
+            "data.train_fraction: 0.0 is out of range: above 0, up to 1; or 0 with",
+        ),
+        (["--data.feed=a_file"], "data.feed: a_file is not a folder"),
+        (["--data.feed=a_file/feed"], "data.feed: a_file is not a folder"),
+        (["--data.feed=feed", "--trainer.logger=false"], "data.feed: a run that is fed needs a folder of its own"),
+    ],
+)
+def test_a_feed_that_cannot_be_is_refused_in_one_line(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("a text")
+    assert main(["fit", *TINY, *words]) == (1 if "logger" in words[-1] else 2)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}"), error
+    assert error.count("\n") == 1
+    assert not Path("lightning_logs").exists()
+
+
+def test_processes_that_train_together_are_fed_together_and_stop_without_hanging(tmp_path: Path) -> None:
+    run, feed = tmp_path / RUN, tmp_path / "feed"
+    together = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
+    with running(*EMPTY, *together, cwd=tmp_path) as fit:
+        until(lambda: lives(run / "live" / LOCK), "waiting", fit)
+        (first,) = offer(feed, [noise(1, seed=2)[0]], "circle")  # too few for two
+        until(lambda: joined(run) == 1, "the first image joins", fit)
+        offer_shard(feed, noise(70), [i % 10 for i in range(70)])
+        until(lambda: joined(run) == 71, "others join", fit)
+        correct(feed, first, None)
+        until(lambda: journal(run, "drop"), "one leaves", fit)
+        offer_shard(feed, noise(30, seed=1), [i % 10 for i in range(30)])
+        until(lambda: joined(run) == 101, "others join later", fit)
+        stop(tmp_path, fit)
+    assert journal(run, "segment")[1]["step"] == 0, "nothing could be learned from one image"
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load(run)["state_dict"].values())
     assert_replays(tmp_path)
