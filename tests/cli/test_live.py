@@ -76,7 +76,7 @@ def test_four_terminals(tmp_path: Path) -> None:
             assert found, said
             status = steer(tmp_path, "status")
             assert re.match(r"training: step [\d,]+, epoch \d+\n", status), status
-            for line in ("batch_size         40", "momentum          0.8", "lr                0.01", "val/acc "):
+            for line in ("batch_size         40", "momentum           0.8", "lr                 0.01", "val/acc "):
                 assert f"\n  {line}" in status
 
             assert re.fullmatch(r"step [\d,]+: pause\n", steer(tmp_path, "pause"))
