@@ -248,13 +248,14 @@ class ResidentLoader:
         self._draw()
         self._sent = _send(self.order.order, self.pixels.device)
         blocks = self.growth.drawn_blocks if self.growth is not None else None
-        while self.drawn < self.count:
+        count = self.count
+        while self.drawn < count:  # which may change while this generator waits
             if self.growth is not None and not len(self._sent):
-                self._sent = _send(self.order.order, self.pixels.device)
+                self._sent, count = _send(self.order.order, self.pixels.device), self.count
                 if blocks != self.growth.drawn_blocks:
                     blocks = self.growth.drawn_blocks
                     self._draw()
-            start, stop = self.drawn, batch_end(self.drawn, self.count, self.batch_size, self.world_size)
+            start, stop = self.drawn, batch_end(self.drawn, count, self.batch_size, self.world_size)
             self.drawn = stop
             ids = self._sent[rank_slice(start, stop, self.rank, self.world_size)]
             if self.defers:
