@@ -11,7 +11,7 @@ root=${1:-data}
 shift || true
 export PYTHONPATH=$PWD
 status=0
-for part in "time94 190" "images 90" "time96 120" "sync 45" "resume 75" "live 40" "user 40"; do
+for part in "time94 190" "images 90" "time96 120" "sync 45" "resume 75" "live 50" "user 40"; do
     read -r name seconds <<<"$part"
     echo "== $name, at most $seconds s"
     timeout --kill-after=5 "$seconds" python -m benchmarks.gpu "$name" --root "$root" --timeout $((seconds - 5)) "$@" || status=1

@@ -8,6 +8,7 @@ It writes a file into the run's folder and waits for the answer; neither torch n
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -86,11 +87,18 @@ def _command(words: list[str]) -> Command:
         name, _, text = word.partition("=")
         if name in values:
             raise UsageError(f"{name} is given twice")
-        try:
-            values[name] = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{name}: {text!r} is not a number") from error
+        values[name] = _value(name, text)
     return new_command()._replace(set=values)
+
+
+def _value(name: str, text: str) -> Any:
+    for read in (json.loads, float):  # .02 and 1. are no JSON
+        with suppress(ValueError, RecursionError):
+            value = read(text)
+            if isinstance(value, float) and not math.isfinite(value):
+                break
+            return value
+    raise UsageError(f"{name}: {text!r} is not a number")
 
 
 def _print_answer(command: Command, answer: dict[str, Any]) -> None:
@@ -135,4 +143,7 @@ def _text(value: Any) -> str:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    """Print one line, whatever a stranger has put into it to move the cursor or to begin another."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -2,14 +2,14 @@
 
     python -m src watch lightning_logs/version_0
 
-It reads the live weights (see `src.live.weights`) and does not disturb the run: it has the lowest priority and one
-thread. The curves live/val_acc and live/val_loss stand beside the run's own in TensorBoard, as its part ``live``.
+It reads the live weights (see `src.live.weights`) and hardly disturbs the run: it has a low priority and one thread.
+The curves live/val_acc and live/val_loss stand beside the run's own in TensorBoard, as its part ``live``.
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,13 @@ from src.callbacks.report import class_scores, scores_table
 from src.cli import CLI, age_text
 from src.cli import main as run
 from src.errors import OneLineParser, UsageError, refuse
+from src.live.commands import LOCK
+from src.live.files import open_lock
+from src.live.liveness import lives, try_hold
 from src.live.weights import LiveWeights, Version
+
+_NICE = 10
+"""A tenth of a core that the run keeps busy. With 19, the least, one look at the small CNN took minutes there."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -50,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     if kind == "cpu":
         torch.set_num_threads(1)
     if hasattr(os, "nice"):
-        os.nice(19)
+        os.nice(_NICE)
     words = ["validate", "--live", str(options.run), "--trainer.accelerator", kind]
     words += ["--trainer.devices", f"[{index}]" if index else "1"]
     words += ["--trainer.enable_progress_bar", "false"]
@@ -67,25 +73,44 @@ class Watch(CLI):
 
     def __init__(self, args: list[str], *, once: bool) -> None:
         self.once = once
+        self._writer: SummaryWriter | None = None
         super().__init__(args)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a run that has nothing to be scored on."""
+        if self.datamodule.val_size == 0:
+            raise UsageError(
+                f"{self.live}: this run trains on all of its images (data.val_size 0): none is left to score"
+            )
+        super().after_instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         assert self.live is not None
         self.trainer.callbacks = []  # type: ignore[attr-defined] # set outside of __init__
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        writer = SummaryWriter(self.live / "live")
+        # Of two files in a folder TensorBoard does not go back to the older one: what is written there is never shown.
+        lock = open_lock(self.live / "live" / ".watch")
+        if not try_hold(lock):
+            sys.stdout.write("note: another watch writes the curves of this run into TensorBoard\n")
         with LiveWeights.open(self.live) as reader, _screen() as show, suppress(KeyboardInterrupt, SystemExit):
             for version in reader:
                 self.take(version)
                 self.trainer.validate(self.model, self.datamodule, verbose=False)
                 metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-                for name in ("acc", "loss"):
-                    writer.add_scalar(f"live/val_{name}", metrics[f"val/{name}"], version.step)
-                writer.flush()
+                if try_hold(lock):
+                    self._write(metrics, version.step)
                 show(self._line(version, metrics), self._table())
                 if self.once:
                     return
-            sys.stdout.write("the run has ended\n")
+            ended = not lives(self.live / "live" / LOCK)
+            sys.stdout.write(f"the run {'has ended' if ended else 'publishes no more weights'}\n")
+
+    def _write(self, metrics: Mapping[str, float], step: int) -> None:
+        assert self.live is not None
+        self._writer = self._writer or SummaryWriter(self.live / "live")
+        for name in ("acc", "loss"):
+            self._writer.add_scalar(f"live/val_{name}", metrics[f"val/{name}"], step)
+        self._writer.flush()
 
     def _line(self, version: Version, metrics: Any) -> str:
         return f"live/val_acc {metrics['val/acc']:.4f}  live/val_loss {metrics['val/loss']:.4f}  {age_text(version)}"

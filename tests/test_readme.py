@@ -71,13 +71,23 @@ def test_the_first_command_trains_well_and_the_others_work_on_its_run(
     for name in ("cat.png", "photos/dog.jpg"):
         Image.new("RGB", (64, 48), (200, 50, 50)).save(name)
     assert "fit --ckpt_path last" in SRC_COMMANDS
-    evaluations = [c for c in SRC_COMMANDS if not c.startswith("fit")]
+    evaluations = [c for c in SRC_COMMANDS if not c.startswith(("fit", "feed"))]
     assert {c.split()[0] for c in evaluations} == {"validate", "test", "predict"}
     for command in [*evaluations, "fit --ckpt_path last", last_lines[-1].split("python -m src ")[1]]:
         assert main(shlex.split(command)) == 0, capsys.readouterr().err
     output = capsys.readouterr().out
     assert float(re.findall(r"val/acc ([\d.]+)", output)[0]) >= 0.95
     assert json.loads(Path("lightning_logs/version_0/test.json").read_text())["test/acc"] >= 0.95
+
+
+def test_the_commands_that_feed_a_run_work(tmp_path: Path) -> None:
+    feed, relabel, drop = [c for c in SRC_COMMANDS if c.startswith("feed")]
+    (tmp_path / "photos").mkdir()
+    for name in ("cat.png", "photos/dog.jpg"):
+        Image.new("RGB", (64, 48), (200, 50, 50)).save(tmp_path / name)
+    assert run_src(*shlex.split(feed), cwd=tmp_path).stdout == "fed 2 images to incoming/cat\n"
+    for command in (relabel, drop):
+        run_src(*shlex.split(command), cwd=tmp_path)
 
 
 def test_the_commands_beside_a_run_that_trains_work(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import src.cli
 import src.step_loop
-from src.step_graph import WARM_UP, Body, Done, Recorded, StepGraph, obstacle
+from src.step_graph import Body, Done, Recorded, StepGraph, obstacle
 from tests.conftest import TINY
 
 SGD = "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9, fused: true}}"
@@ -16,13 +16,11 @@ MUON = "--model.optimizer={class_path: src.optim.Muon, init_args: {lr: 0.05, hea
 WHITENED = "--model.network={class_path: src.networks.WhitenedCNN, init_args: {widths: [24, 24, 24]}}"
 WAYS = {
     "sgd": [SGD],
-    "muon": [MUON],
+    "muon, clipped": [MUON, "--trainer.gradient_clip_val=0.1", "--data.augment=[{class_path: src.data.RandomFlip}]"],
     "scheduled": [SGD, "--model.lr_scheduler=src.optim.OneCycle", "--trainer.val_check_interval=2"],
-    "clipped": [MUON, "--trainer.gradient_clip_val=0.1", "--data.augment=[{class_path: src.data.RandomFlip}]"],
     "dropout": [SGD, "--model.network={class_path: src.networks.CNN, init_args: {dropout: 0.2, norm: batch}}"],
     "chunked": [SGD, "--chunk_size=4", "--trainer.max_steps=8", "--trainer.max_epochs=-1"],
     "small images": [MUON, WHITENED, "--data.small_epochs=1", "--data.small_size=24"],
-    "decoupled": ["--model.optimizer={class_path: src.optim.DecoupledSGD, init_args: {lr: 0.1, fused: true}}"],
 }
 
 
@@ -138,7 +136,3 @@ def test_what_cannot_be_recorded_is_not_and_the_reason_is_known(
     fit(tmp_path, *options, "--cuda_graph=true")
     assert recorder.recorded == 0
     assert len(reasons) == 1 and reason in str(reasons[0])
-
-
-def test_steps_that_warm_up_are_few() -> None:
-    assert WARM_UP < 10

@@ -57,12 +57,8 @@ class LiveBar(RichProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Return the values to show, in this order."""
-        return format_values(self.curves.latest, ("train/loss", "val/acc", "images/s", "lr", *_FED))
-
-
-_COUNTS = ("feed/images", "feed/waiting", "feed/refused")
-_FED = (*_COUNTS, "feed/prequential_acc_window")
-"""What is shown of a fit that is fed: images that have joined, that wait, that were refused."""
+        shown = format_values(self.curves.latest, ("train/loss", "val/acc", "images/s", "lr"))
+        return shown | format_fed(self.curves.latest)
 
 
 class EpochLines(pl.Callback):
@@ -95,7 +91,8 @@ class EpochLines(pl.Callback):
         seconds = f"{time.perf_counter() - self._began:.1f} s"
         sys.stdout.write(f"{head}  step {trainer.global_step}  {_join(train)}\n")
         sys.stdout.write(f"{' ' * len(head)}  {_join(val) if val else 'no validation'}  {seconds}\n")
-        if fed := format_values(values, _FED):
+        if fed := format_fed(values):
+            fed |= format_values(values, ("feed/prequential_acc",))
             sys.stdout.write(f"{' ' * len(head)}  {_join(fed)}\n")
         sys.stdout.flush()
 
@@ -107,8 +104,16 @@ def epoch_name(trainer: pl.Trainer, epoch: int) -> str:
 
 def format_values(values: dict[str, float], names: tuple[str, ...]) -> dict[str, str]:
     """Return the named values that are known, each in the form a person reads best."""
-    forms = {"images/s": ",.0f", "lr": ".3g", **dict.fromkeys(_COUNTS, ",.0f")}
+    forms = {"images/s": ",.0f", "lr": ".3g"}
     return {name: format(values[name], forms.get(name, ".4f")) for name in names if name in values}
+
+
+def format_fed(values: dict[str, float]) -> dict[str, str]:
+    """Return the images that have been fed, that wait and that were refused, if a fit is fed."""
+    if "feed/images" not in values:
+        return {}
+    rest = (f"{values.get(f'feed/{name}', 0):,.0f} {name}" for name in ("waiting", "refused"))
+    return {"fed": ", ".join([f"{values['feed/images']:,.0f}", *rest])}
 
 
 def _join(values: dict[str, str]) -> str:

@@ -174,6 +174,14 @@ class Feeding(pl.Callback):
             digests=known,
         )
         self._feeder.open()
+        self.show(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let a person see what waits."""
+        if self._feeder is not None:
+            self.show(trainer)
 
     def _bring_over(self, trainer: pl.Trainer) -> None:
         """Let a run that goes on in a folder of its own have the segments that it was fed before."""

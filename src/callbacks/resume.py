@@ -77,8 +77,9 @@ class Resume(pl.Callback):
                         f"images would be left out or repeated; change it at the end of an epoch"
                     )
             self._start = found["drawn"]
-            if not isinstance(self._start, int) or self._start <= 0:
-                raise Failure(f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none")
+            data = _data(trainer)
+            if data.feed is None:  # else it is not known yet how many there are
+                self._check_place(len(data.split()[0]))
         self._resumed = True
         was, now = checkpoint["machine"], _machine(trainer)
         changes = [f"{name} {was[name]} before and {now[name]} now" for name in now if was[name] != now[name]]
@@ -110,10 +111,7 @@ class Resume(pl.Callback):
         if self._start:
             loader = trainer.train_dataloader
             assert isinstance(loader, ResidentLoader)
-            if self._start > loader.count:
-                raise Failure(
-                    f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none of {loader.count} images"
-                )
+            self._check_place(loader.count)
             done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             count_batches(trainer, done + loader.batches_from(self._start))
             if done < trainer.num_training_batches:
@@ -141,6 +139,10 @@ class Resume(pl.Callback):
         if self._resumed:  # Lightning counts the batch in which it resumes twice, for loggers that go by it
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._resumed = False
+
+    def _check_place(self, images: int) -> None:
+        if not isinstance(self._start, int) or not 0 < self._start <= images:
+            raise Failure(f"ckpt_path: the checkpoint's place in the epoch, {self._start}, is none of {images} images")
 
     def _order_of(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Return what decides which images are in which batch."""

@@ -29,9 +29,6 @@ Part = Literal["train", "test"]
 class ImageData(pl.LightningDataModule):
     """Splits, orders, augments and serves a data set of labelled images.
 
-    Attributes:
-        store: The folder of the segments that have been fed to a run, for a fit that goes on.
-
     Args:
         batch_size: Images in an optimizer step, over all devices together, at least 1.
         eval_batch_size: Images in a step of validation, test or prediction, likewise.
@@ -48,12 +45,16 @@ class ImageData(pl.LightningDataModule):
         small_size: Height and width of those images, from 8 pixels to the images' own.
         feed: A folder that images are put into while a fit runs: ``CLASS/NAME.png`` and other pictures, or shards of
             many (``.npz``, ``.tar``); see ``python -m src feed --help``. They are learned from the next step on.
-        feed_room: Images that may be fed in a run, at least 1; more are refused.
+        feed_room: Images that may be fed in a run, at least 1; more are refused. On a GPU their memory (3 KB each) is
+            taken at the start; on a CPU as they come.
         feed_weight: What the loss of a fed image counts, against 1 of the data set's own, above 0.
         replay_only: Keep only so many of the newest fed images, at least 1, for a stream without an end; null keeps
             all, up to `feed_room`.
         images: Image files, or folders of them, for `predict`; of any size and mode.
         seed: Seed of order and augmentation; linked to ``seed_everything`` on the command line.
+
+    Attributes:
+        store: The folder of the segments that have been fed to a run, for a fit that goes on.
     """
 
     classes: ClassVar[tuple[str, ...]]
@@ -99,6 +100,8 @@ class ImageData(pl.LightningDataModule):
         for name, number in (("feed_room", feed_room), ("replay_only", replay_only)):
             if number is not None and not 1 <= number <= 100_000_000:
                 raise ValueError(f"{name}: {number} is out of range: 1 to 100,000,000 images")
+        if feed is not None and feed.exists() and not feed.is_dir():
+            raise ValueError(f"feed: {feed} is not a folder")
         if not 0 < feed_weight < math.inf:
             raise ValueError(f"feed_weight: {feed_weight} is out of range: above 0")
         self.batch_size, self.eval_batch_size, self.val_size = batch_size, eval_batch_size, val_size

@@ -29,8 +29,12 @@ def write_whole(path: Path, content: bytes | memoryview, mode: int = 0o666, *, s
         OSError: If it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, mode)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS
+    try:
+        file = os.open(partial, flags, mode)
+    except FileExistsError:  # of one that was killed
+        partial.unlink()
+        file = os.open(partial, flags, mode)
     try:
         write_all(file, content)
         if sync:

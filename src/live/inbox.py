@@ -18,17 +18,19 @@ from src.errors import Failure
 from src.live.commands import ID, LARGEST, LOCK, Command, Refusal, parse
 from src.live.files import open_lock, read_bounded, write_whole
 from src.live.journal import Journal
-from src.live.liveness import hold
+from src.live.liveness import try_hold
 
-_POLL, _AT_ONCE = 0.04, 2
-"""Seconds between two looks at the inbox, and commands that are taken at one: fifty a second."""
+_POLL = 0.04
+"""Seconds between two looks at the inbox. One command is taken at each, twenty-five a second: more would be felt in the
+time of a step, as each file that is read or written hands the interpreter over from the training thread and back."""
 _SHARE = 0.02
 """Share of a processor that looking for commands may take, however many files there are."""
 _SEEN_AT_ONCE = 256  # commands that are put in order of their times
 _WAITING = 100  # accepted commands; more are refused
 _UNFINISHED = 0.5  # seconds in which a file that is cut short may be completed
+_LOCKED = 5.0  # seconds in which another process may let go of the lock
 _KEPT_ANSWERS = 1000
-_MOST_REFUSALS = 100_000  # that are journaled
+_MOST_REFUSALS = 100_000  # that are journaled, and remembered by their ids
 _LONGEST = 500  # letters of a value in the journal
 
 
@@ -58,6 +60,7 @@ class Inbox:
         self._known: dict[str, dict[str, Any] | None] = _answers_of(self.journal)
         self._answers_written = self._refusals = 0
         self._skipped: set[str] = set()
+        self._seen: deque[str] = deque()
         self._unfinished: dict[str, float] = {}
         self._ending = threading.Event()
         self._came = threading.Condition()
@@ -71,7 +74,12 @@ class Inbox:
             self._lock = open_lock(folder / LOCK)
         except OSError as error:
             raise Failure(f"{error.filename or folder} cannot be used ({error.strerror})") from error
-        hold(self._lock)
+        deadline = time.monotonic() + _LOCKED
+        while not try_hold(self._lock):  # who asks whether this run lives holds it for a moment
+            if time.monotonic() > deadline:
+                os.close(self._lock)
+                raise Failure(f"{folder / LOCK} is locked by another process; end that, or give --steering false")
+            time.sleep(_POLL)
 
     def open(self) -> None:
         """Begin to take commands."""
@@ -103,12 +111,16 @@ class Inbox:
         """Answer a command with a reason why it is not done, and journal that."""
         step = self._status()["step"]
         self._refusals += 1
-        if self._refusals <= _MOST_REFUSALS:
-            requested = {**command.set, **({"do": command.do} if command.do else {})}
-            line = {"requested": _short(requested), "effective": _short(reason)}
-            with contextlib.suppress(OSError):  # a full disk must not end a run over a refusal
-                self.journal.extend(step, "refused", [line], actor=command.actor, id=command.id, sync=False)
-        self._answer(command.id, {"step": step, "error": reason})
+        answer = {"step": step, "error": reason}
+        if self._refusals > _MOST_REFUSALS:
+            self._known.pop(command.id, None)
+            self._write_answer(command.id, answer)
+            return
+        requested = {**command.set, **({"do": command.do} if command.do else {})}
+        line = {"requested": _short(requested), "effective": _short(reason)}
+        with contextlib.suppress(OSError):  # a full disk must not end a run over a refusal
+            self.journal.extend(step, "refused", [line], actor=command.actor, id=command.id, sync=False)
+        self._answer(command.id, answer)
 
     def _empty(self) -> None:
         """Refuse what was sent to a process that is no more, and take away its answers."""
@@ -124,25 +136,30 @@ class Inbox:
         while not self._ending.wait(pause):
             begun = time.monotonic()
             with contextlib.suppress(OSError):  # the folder was deleted, or cannot be read for now
-                paths = self._next()
+                path = self._next()
                 pause = max(_POLL, (time.monotonic() - begun) / _SHARE)
-                for path in paths:
+                if path is not None:
                     self._take(path)
 
-    def _next(self) -> list[Path]:
-        """Return the oldest commands of the inbox, by the time in their names."""
-        found: list[str] = []
-        now = time.monotonic()
-        with os.scandir(self._inbox) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.endswith(".json") and not name.startswith(".") and name not in self._skipped:
-                    if now < self._unfinished.get(name, now):
-                        continue
-                    found.append(name)
-                    if len(found) == _SEEN_AT_ONCE:
-                        break
-        return [self._inbox / name for name in sorted(found)[:_AT_ONCE]]
+    def _next(self) -> Path | None:
+        """Return the oldest command of the inbox, by the time in its name.
+
+        To look at many names takes time: it is not done again before those that have been seen are taken.
+        """
+        if not self._seen:
+            found: list[str] = []
+            now = time.monotonic()
+            with os.scandir(self._inbox) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.endswith(".json") and not name.startswith(".") and name not in self._skipped:
+                        if now < self._unfinished.get(name, now):
+                            continue
+                        found.append(name)
+                        if len(found) == _SEEN_AT_ONCE:
+                            break
+            self._seen.extend(sorted(found))
+        return self._inbox / self._seen.popleft() if self._seen else None
 
     def _take(self, path: Path) -> None:
         command = Command(_id_of(path))
@@ -173,7 +190,7 @@ class Inbox:
                 self._came.notify_all()
 
     def _read(self, path: Path) -> bytes | None:
-        """Return the bytes of a command; none if it may still be being written.
+        """Return the bytes of a command; none if it may still be being written, or has been taken back.
 
         Raises:
             Refusal: If it is too large, or no file.
@@ -182,6 +199,9 @@ class Inbox:
             content = read_bounded(path, LARGEST)
         except ValueError as error:
             raise Refusal(str(error)) from error
+        except FileNotFoundError:
+            self._unfinished.pop(path.name, None)
+            return None
         except OSError as error:
             raise Refusal(f"{path.name} is not a file that can be read ({error.strerror})") from error
         waited = self._unfinished.pop(path.name, None) is not None

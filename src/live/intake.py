@@ -43,6 +43,9 @@ SEGMENT_IMAGES = 500
 
 _QUIET, _OLDEST = 0.03, 0.1
 """Seconds without another image after which a segment is stored, and seconds that its first image waits at most."""
+_APART = 0.25
+"""Seconds from one segment to the next, unless it is full: to let one join takes some milliseconds of the training
+thread, however few images are in it."""
 _RESCAN, _RESCAN_SHARE = 10.0, 0.005
 """Seconds between two looks at the whole folder, and the share of the time that they may take."""
 _SETTLED = 1.0  # seconds that a file is left alone where nobody can tell whether it is being written
@@ -104,6 +107,7 @@ class Intake:
         self._sources: list[Source] = []
         self._so_far: Source | None = None  # the shard that is being read
         self._first_gathered = self._last_gathered = 0.0
+        self._stored_at = -math.inf
         self._next_scan = 0.0
         self._told, self._told_at = (0, 0), 0.0
         self._retry = -math.inf  # when to write again what could not be written
@@ -190,7 +194,7 @@ class Intake:
         if self._folders:
             due.append(self._folders[0][0])
         if self._gathered and not self._must_wait():
-            due.append(min(self._last_gathered + _QUIET, self._first_gathered + _OLDEST))
+            due.append(max(self._stored_at + _APART, min(self._last_gathered + _QUIET, self._first_gathered + _OLDEST)))
         return max(0.0, min(due) - now)
 
     def _must_wait(self) -> bool:
@@ -421,7 +425,8 @@ class Intake:
             return
         now = time.monotonic()
         quiet = idle and now - self._last_gathered >= _QUIET
-        if not quiet and now - self._first_gathered < _OLDEST and len(self._gathered) < SEGMENT_IMAGES:
+        due = (quiet or now - self._first_gathered >= _OLDEST) and now - self._stored_at >= _APART
+        if not due and len(self._gathered) < SEGMENT_IMAGES:
             return
         pixels, labels, names, ids = zip(*self._gathered, strict=True)
         path = segment_path(self.store, self._number)
@@ -444,6 +449,7 @@ class Intake:
             digests=base64.b64encode(b"".join(ids)).decode(),
         )
         self._number += 1
+        self._stored_at = now
         self._unjoined += len(names)
         self._gathered, self._sources = [], []
 

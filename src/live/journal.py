@@ -42,6 +42,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._end: tuple[int, int] | None = None  # bytes up to which this object knows it, and the next line's number
 
     @property
     def seq(self) -> int:
@@ -95,16 +96,21 @@ class Journal:
             OSError: If they cannot be written. None of them is then in the journal.
         """
         with _LOCK:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            seq, torn = _end(self.path)
-            whole = [
-                {"seq": seq + i, "step": step, "time": time.time(), "kind": kind, "actor": actor, "id": id, **line}
-                for i, line in enumerate(lines)
-            ]
-            content = b"\n" * torn + b"".join(_encode(line) for line in whole)
-            file = open_to_append(self.path)
+            try:
+                file = open_to_append(self.path)
+            except FileNotFoundError:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = open_to_append(self.path)
             try:
                 end = os.fstat(file).st_size
+                # To read its end again each time would let a flood of refusals cost a training step.
+                known = self._end
+                seq, torn = (known[1], False) if known is not None and known[0] == end else _end(self.path)
+                whole = [
+                    {"seq": seq + i, "step": step, "time": time.time(), "kind": kind, "actor": actor, "id": id, **line}
+                    for i, line in enumerate(lines)
+                ]
+                content = b"\n" * torn + b"".join(_encode(line) for line in whole)
                 try:
                     write_all(file, content)
                     if sync:
@@ -112,6 +118,7 @@ class Journal:
                 except OSError:
                     os.ftruncate(file, end)
                     raise
+                self._end = end + len(content), seq + len(whole)
             finally:
                 os.close(file)
         return [line["seq"] for line in whole]

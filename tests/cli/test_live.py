@@ -69,14 +69,14 @@ def test_four_terminals(tmp_path: Path) -> None:
     with running("fit", *ENDLESS, cwd=tmp_path) as fit:
         wait_for_step(run, 5)
         with running("watch", RUN, cwd=tmp_path) as watch:
-            said = steer(tmp_path, "lr=0.01", "momentum=0.8", "batch_size=40")
+            said = steer(tmp_path, "lr=.01", "momentum=0.8", "batch_size=40")
             found = re.fullmatch(
                 r"step ([\d,]+): lr 0\.02 -> 0\.01, momentum 0\.9 -> 0\.8, batch_size 50 -> 40\n", said
             )
             assert found, said
             status = steer(tmp_path, "status")
             assert re.match(r"training: step [\d,]+, epoch \d+\n", status), status
-            for line in ("batch_size        40", "momentum          0.8", "lr                0.01", "val/acc "):
+            for line in ("batch_size         40", "momentum           0.8", "lr                 0.01", "val/acc "):
                 assert f"\n  {line}" in status
 
             assert re.fullmatch(r"step [\d,]+: pause\n", steer(tmp_path, "pause"))
@@ -120,6 +120,7 @@ def test_four_terminals(tmp_path: Path) -> None:
     )
 
     assert [step for step, _ in scalars(run / "live")["live/val_acc"]], "beside the run's own curves"
+    assert len(list((run / "live").glob("events.*"))) == 1, "TensorBoard would not go back to the older one"
     curves = scalars(run)
     assert [step for step, _ in curves["steer/lr"]] == [int(found[1].replace(",", ""))]
     assert curves["steer/lr"][0][1] == pytest.approx(0.01)
@@ -200,6 +201,23 @@ def test_processes_that_train_together_are_steered_together(tmp_path: Path) -> N
         assert torch.equal(tensor, again["state_dict"][name]), name
 
 
+def test_a_run_without_a_val_split_cannot_be_watched_and_says_so(tmp_path: Path) -> None:
+    run_src("fit", *TINY, "--data.val_size=0", cwd=tmp_path)
+    done = run_src("watch", RUN, "--once", cwd=tmp_path, status=2)
+    assert done.stderr == (
+        f"error: {RUN}: this run trains on all of its images (data.val_size 0): none is left to score\n"
+    )
+
+
+def test_the_history_shows_what_a_stranger_wrote_and_does_not_obey_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "live/journal.jsonl")
+    for name in ("\ud800", "\x1b[2J", "a\nstep 7  set lr 1 -> 2"):
+        journal.append(3, "refused", requested={name: 1}, effective=f"{name}: this run has no such value to steer")
+    shown = run_src("steer", ".", "history", cwd=tmp_path).stdout
+    assert shown.count("\n") == 3
+    assert shown.replace("\n", "").isprintable()
+
+
 def test_steering_and_publishing_can_be_turned_off(tmp_path: Path) -> None:
     run_src("fit", *TINY, "--publish_every_n_steps=null", "--steering=false", cwd=tmp_path)
     assert not (tmp_path / RUN / "live").exists()
@@ -213,6 +231,8 @@ def test_steering_and_publishing_can_be_turned_off(tmp_path: Path) -> None:
         (["steer", "x", "frobnicate"], "'frobnicate': give new values (lr=0.02 batch_size=128), or one of checkpoint, "
          "evaluate, pause, resume, stop, status, history"),
         (["steer", "x", "lr=fast"], "lr: 'fast' is not a number"),
+        (["steer", "x", "lr=NaN"], "lr: 'NaN' is not a number"),
+        (["steer", "x", "lr=1e999"], "lr: '1e999' is not a number"),
         (["steer", "x", "lr=1", "lr=2"], "lr is given twice"),
         (["steer", "x"], "the following arguments are required: WHAT; see python -m src steer --help"),
         (["watch"], "the following arguments are required: RUN; see python -m src watch --help"),

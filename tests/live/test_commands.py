@@ -1,5 +1,6 @@
 """The inbox of a run: what a stranger drops into it is answered, bounded and harmless."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from src.errors import Failure, UsageError
 from src.live.commands import LARGEST, Command, Refusal, new_command, parse, send
 from src.live.inbox import Inbox
 from src.live.journal import Journal
+from src.live.liveness import hold
 from src.live.transaction import Control, check, transact
 from tests.conftest import REPOSITORY
 
@@ -245,6 +247,43 @@ def test_more_commands_than_can_wait_are_refused_and_none_is_lost(run: Run) -> N
     assert [command.id for command in run.inbox.waiting] == [f"c{i:03}" for i in range(100)]
     assert refused == [f"c{i:03}" for i in range(100, 140)]
     run.serve()
+
+
+def test_a_command_that_is_taken_back_is_not_refused(run: Run) -> None:
+    paths = [run.drop(f"{i:02}.json", '{"set": {"lr": -1}}') for i in range(40)]
+    run.answer("00")
+    back = []
+    for path in reversed(paths):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            back.append(path.stem)
+    run.drop("last.json", '{"set": {"lr": -1}}')
+    run.answer("last")
+    refused = {line["id"] for line in run.journal.read()}
+    assert len(back) > 20
+    assert not refused & set(back)
+
+
+def test_a_flood_of_refusals_is_answered_and_fills_neither_memory_nor_journal(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.live.inbox._MOST_REFUSALS", 3)
+    for i in range(6):
+        run.drop(f"{i}.json", '{"set": {"lr": -1}}')
+    assert all("is out of range" in run.answer(str(i))["error"] for i in range(6))
+    assert [line["id"] for line in run.journal.read()] == ["0", "1", "2"]
+    assert not any(run.inbox.known(str(i)) for i in range(3, 6))
+
+
+def test_a_lock_that_a_stranger_holds_is_an_error_and_no_wait_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.live.inbox._LOCKED", 0.1)
+    (tmp_path / "live").mkdir()
+    with (tmp_path / "live/.lock").open("w") as file:
+        hold(file.fileno())
+        with pytest.raises(Failure, match=r"\.lock is locked by another process"):
+            Run(tmp_path)
 
 
 def test_a_full_disk_refuses_and_undoes(run: Run) -> None:

@@ -33,6 +33,19 @@ def test_a_line_that_was_cut_short_or_changed_is_left_out_and_the_next_begins_an
     assert [(line["seq"], line["step"]) for line in journal.read()] == [(0, 0), (1, 5)]
 
 
+def test_lines_of_several_writers_have_numbers_of_their_own(tmp_path: Path) -> None:
+    one, other = Journal(tmp_path / "journal.jsonl"), Journal(tmp_path / "journal.jsonl")
+    for step in range(3):
+        one.append(step, "set")
+        one.append(step, "set")
+        other.append(step, "set")
+    with one.path.open("ab") as file:
+        file.write(b'{"cut sh')
+    one.append(3, "set")
+    one.append(4, "set")
+    assert [line["seq"] for line in one.read()] == list(range(11))
+
+
 def test_a_line_that_does_not_fit_on_the_disk_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(0, "set")

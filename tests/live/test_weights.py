@@ -263,7 +263,7 @@ def _read(folder: str, naive: Any, results: Any, seconds: float) -> None:
 
 
 def test_no_read_is_torn_where_plain_shared_memory_is(tmp_path: Path) -> None:
-    """A short one; `benchmarks/torn_reads.py` does a million."""
+    """A short one; `python -m benchmarks.live torn` does a million."""
     context = multiprocessing.get_context("spawn")
     naive = [torch.zeros(20_000).share_memory_() for _ in range(4)]  # type: ignore[no-untyped-call]
     results = context.Queue()

@@ -105,3 +105,18 @@ def test_an_lr_of_zero_leaves_all_as_it_is() -> None:
 def test_what_is_out_of_range_is_named(argument: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(argument))}: .* is out of range: at least "):
         DecoupledSGD(network().parameters(), **argument)
+
+
+def test_the_fused_kernel_takes_the_same_steps() -> None:
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 3)
+        optimizer = DecoupledSGD(net.parameters(), lr=1.0, fused=fused)
+        assert bool(optimizer.param_groups[0]["fused"]) == fused
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+        found.append(net.weight.detach())
+    torch.testing.assert_close(found[0], found[1])
