@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,13 +110,13 @@ class Feeding(pl.Callback):
         self._store: Path | None = None
         self._refused = 0
         self._not_before = 0.0
+        self._feeds = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Say where the segments are that a fit goes on with."""
         data = _data(trainer)
-        if data.feed is None:
-            return
-        if self.source is not None:
+        self._feeds = stage == "fit" and data.feed is not None
+        if self._feeds and self.source is not None:
             data.store = self.source / "live" / "segments"
 
     def on_save_checkpoint(
@@ -172,16 +173,10 @@ class Feeding(pl.Callback):
             taken=[*taken, *(source for segment in segments for source in segment.sources)],
             corrections=[line["id"] for line in lines if line["kind"] in ("relabel", "drop", "refused")],
             digests=known,
+            told=partial(self.show, trainer),
         )
         self._feeder.open()
         self.show(trainer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let a person see what waits."""
-        if self._feeder is not None:
-            self.show(trainer)
 
     def _bring_over(self, trainer: pl.Trainer) -> None:
         """Let a run that goes on in a folder of its own have the segments that it was fed before."""
@@ -208,9 +203,9 @@ class Feeding(pl.Callback):
 
     def starves(self, trainer: pl.Trainer) -> bool:
         """Return whether there are too few images to learn from, one for each rank, until others are fed."""
-        loader = trainer.train_dataloader
-        if not isinstance(loader, ResidentLoader) or loader.growth is None:
+        if not self._feeds:
             return False
+        loader = _loader(trainer)
         if loader.count - loader.drawn >= loader.world_size:
             return False
         if trainer.is_global_zero and self._feeder is None:
@@ -339,7 +334,7 @@ class Feeding(pl.Callback):
             recount(trainer, module)
 
     def show(self, trainer: pl.Trainer) -> None:
-        """Put what arrived, waits and was refused where a person sees it."""
+        """Put what arrived, waits and was refused where a person sees it; called by the feeder's thread as well."""
         if isinstance(loader := trainer.train_dataloader, ResidentLoader) and loader.growth is not None:
             waits = self._feeder.waiting if self._feeder is not None else 0
             shown = {"feed/images": loader.growth.joined, "feed/waiting": waits, "feed/refused": self._refused}

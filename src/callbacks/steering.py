@@ -184,7 +184,7 @@ class Steering(pl.Callback):
 
     def _waiting(self, trainer: pl.Trainer) -> bool:
         waiting = self._inbox is not None and bool(self._inbox.waiting)
-        waiting = waiting or (not self._paused and not self._joins_again and self._feeding.waiting)
+        waiting = waiting or (self._feeding.waiting and not self._paused and not self._joins_again)
         if trainer.world_size == 1 or not (self.takes_commands or _data(trainer).feed is not None):
             return waiting
         return trainer.strategy.reduce_boolean_decision(waiting, all=False)

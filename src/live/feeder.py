@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +79,7 @@ class Feeder:
         taken: Sources that have been dealt with: those of the segments that have joined, and of what was refused.
         corrections: Ids of those that have been dealt with.
         digests: Of the images that are known: see `src.live.segments.digests`.
+        told: Called by another thread when something has been reported.
 
     Attributes:
         ready: What has come, oldest first; another thread appends to it.
@@ -98,6 +99,7 @@ class Feeder:
         taken: Collection[Source],
         corrections: Collection[str],
         digests: bytes,
+        told: Callable[[], None] = lambda: None,
     ) -> None:
         self.ready: deque[Segment | Correction | Refused] = deque()
         self.refused = 0
@@ -107,6 +109,7 @@ class Feeder:
         self._taken = {(name, size, changed) for name, size, changed in taken}
         self._corrections = set(corrections)
         self._digests, self._names = bytearray(digests), list[str]()
+        self._told = told
         self._unjoined = 0
         self._unsaid = 0  # images that have joined, and the process does not know
         self._noticed = 0
@@ -211,6 +214,7 @@ class Feeder:
                 for line in process.stdout:
                     if line.endswith(b"\n"):  # else it was killed in the middle of it
                         self._take(json.loads(line))
+                        self._told()
             finally:
                 if not self._ending.is_set():
                     process.kill()
