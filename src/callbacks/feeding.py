@@ -29,9 +29,9 @@ from src.classifier import ImageClassifier
 from src.data import Batch, ImageData, ResidentLoader
 from src.data.growth import Growth
 from src.errors import Failure
-from src.live.feeder import Correction, Feeder, Refused, Segment, digests, read_segment, segment_path
+from src.live.feeder import Correction, Feeder, Refused, Segment, Source, digests, read_segment, segment_path
 from src.live.journal import Journal
-from src.live.replay import Intervention
+from src.live.replay import Intervention, fed_facts
 
 WINDOW = 1000
 """Images of the sliding window of the prequential curves."""
@@ -155,12 +155,9 @@ class Feeding(pl.Callback):
             return
         lines, loader = self._journal.read(), _loader(trainer)
         segments = self._segments(trainer, lines)
-        pixels = loader.pixels[
-            torch.cat([ids[ids < len(loader.pixels)] for ids in data.split()]).to(loader.pixels.device)
-        ]
+        pixels = loader.pixels.index_select(0, torch.cat(data.split()).to(loader.pixels.device))
         known = b"".join(digests(part) for part in (pixels.cpu().numpy(), *(s.pixels for s in segments)))
-        quarantined = [line["requested"] for line in lines if line["kind"] == "quarantined"]
-        taken = [(str(name), int(size), int(changed)) for name, size, changed in quarantined]
+        taken = [source for line in lines if (source := _quarantined(line)) is not None]
         fed = sum(len(segment.names) for segment in segments)
         self._refused = len(taken)
         self._feeder = Feeder(
@@ -191,9 +188,8 @@ class Feeding(pl.Callback):
         """Return all segments that have joined, or are to join again as the journal says, oldest first."""
         assert self._store is not None
         found = {event.number: event.sha256 for event in _growth(trainer).events if event.kind == "segment"}
-        found |= {
-            line["effective"]["number"]: line["effective"]["sha256"] for line in lines if line["kind"] == "segment"
-        }
+        facts = [fed_facts(line) for line in lines if line["kind"] == "segment"]
+        found |= {fact["number"]: fact["sha256"] for fact in facts}
         return [read_segment(segment_path(self._store, number), found[number]) for number in sorted(found)]
 
     @property
@@ -276,14 +272,16 @@ class Feeding(pl.Callback):
         """Do again what a journal says.
 
         Raises:
-            Failure: If the segment is missing or has been changed, or the config has no feed.
+            Failure: If the segment is missing or has been changed, the config has no feed, or the data are others.
         """
         if _data(trainer).feed is None:
             raise Failure(
                 f"data.feed: the journal says that images were fed at step {done.step}; name the folder again"
             )
+        growth, facts = _growth(trainer), done.effective
         if done.kind == "segment":
-            facts = done.effective
+            if facts["first_id"] != growth.first + growth.joined:
+                raise Failure(f"journal: what was fed at step {done.step} joined other images than there are now")
             store = Path(trainer.log_dir or ".") / "live" / "segments"
             segment = None
             if trainer.is_global_zero:
@@ -298,7 +296,12 @@ class Feeding(pl.Callback):
             assert segment is not None
             self.join(trainer, module, segment, record)
         else:
-            id, label = done.effective["id"], done.effective["label"]
+            id, label = facts["id"], facts["label"]
+            known = bool((_loader(trainer).ids == id).any())
+            if not known or not (label is None or 0 <= label < len(_data(trainer).classes)):
+                raise Failure(
+                    f"journal: what was put right at step {done.step} is no image, or no class, of these data"
+                )
             self._apply(trainer, Correction(done.id, id, label, done.actor), id, record)
         self.show(trainer)
 
@@ -378,6 +381,14 @@ def score(trainer: pl.Trainer, module: ImageClassifier, segment: Segment) -> tup
         for part, training in modes:
             part.training = training
     return torch.cat(losses).double().cpu(), torch.cat(hits).cpu()
+
+
+def _quarantined(line: dict[str, Any]) -> Source | None:
+    """Return the file that a line of the journal says was refused, if it is one that says so."""
+    found = line["requested"]
+    if line["kind"] != "quarantined" or not isinstance(found, list) or [type(v) for v in found] != [str, int, int]:
+        return None
+    return found[0], found[1], found[2]
 
 
 def _copy(path: Path, other: Path) -> None:

@@ -52,13 +52,31 @@ def interventions(lines: Iterable[dict[str, Any]]) -> list[Intervention]:
         if kind in DONE:
             wanted = {line["name"]: line["requested"] for line in of_one if kind == "set"}
             effective = {line["name"]: line["effective"] for line in of_one if kind == "set"}
-            if kind in FED and isinstance(of_one[0]["effective"], dict):
-                effective = of_one[0]["effective"]
+            if kind in FED:
+                effective = fed_facts(of_one[0])
             found.append(Intervention(step, kind, wanted, effective, of_one[0]["actor"], id))
         elif kind == "resume":
             said = {name for line in of_one for name in names_of(line["effective"])}
             found = [done._replace(wanted=_without(done.wanted, said if done.step >= step else ())) for done in found]
     return [done for done in found if done.wanted or done.kind != "set"]
+
+
+def fed_facts(line: dict[str, Any]) -> dict[str, Any]:
+    """Return what a line of a kind in `FED` says was fed or put right.
+
+    Returns:
+        Of a segment its ``number``, ``images``, ``first_id`` and ``sha256``; of a correction ``id`` and ``label``.
+
+    Raises:
+        Failure: If it does not say that: somebody else wrote it.
+    """
+    facts = line["effective"]
+    kinds: dict[str, Any] = {"number": int, "images": int, "first_id": int, "sha256": str}
+    if line["kind"] != "segment":
+        kinds = {"id": int, "label": int if line["kind"] == "relabel" else type(None)}
+    if not isinstance(facts, dict) or any(type(facts.get(name, ...)) is not kind for name, kind in kinds.items()):
+        raise Failure(f"journal: line {line['seq']}, a {line['kind']}, does not say what was fed or put right")
+    return facts
 
 
 def names_of(changes: Any) -> set[str]:

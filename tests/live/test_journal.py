@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from src.errors import Failure
 from src.live.journal import Journal
 from src.live.replay import interventions
 
@@ -88,3 +89,24 @@ def test_a_transaction_is_one_intervention_and_what_was_only_noted_is_none(tmp_p
         3, "set", {"lr": 1, "momentum": 2}, "me", "a", True,
     )  # fmt: skip
     assert (two.step, two.kind, two.wanted, two.id) == (4, "evaluate", {}, "b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "effective"),
+    [
+        ("segment", None),
+        ("segment", {"number": 1, "images": 5, "first_id": 400}),
+        ("segment", {"number": "1", "images": 5, "first_id": 400, "sha256": "00"}),
+        ("relabel", {"id": 3, "label": None}),
+        ("drop", {"id": 3, "label": 1}),
+        ("drop", [3]),
+    ],
+)
+def test_a_line_that_does_not_say_what_was_fed_is_refused_by_its_number(
+    kind: str, effective: Any, tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(0, "evaluate")
+    journal.append(7, kind, effective=effective)
+    with pytest.raises(Failure, match=f"journal: line 1, a {kind}, does not say"):
+        interventions(journal.read())
