@@ -85,7 +85,7 @@ RUNS: list[Any] = [
     pytest.param("plateau", MIXED, [5, 8], marks=pytest.mark.slow),
     pytest.param("max_steps", MIXED, [7], marks=pytest.mark.slow),
     pytest.param("weighted", MIXED, [5], marks=pytest.mark.slow),
-    pytest.param("chunks", MIXED, [5], marks=pytest.mark.slow),
+    pytest.param("chunks", {1: [12], 5: [[OWN, "circle"], 5], 10: [3]}, [9], marks=pytest.mark.slow),
 ]
 """A run is killed where nothing has come that has not joined: that would join at another step when it goes on."""
 MORE = {
