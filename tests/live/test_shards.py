@@ -74,9 +74,9 @@ def test_a_tar_gives_the_images_that_have_labels() -> None:
     content = tar(
         ("../../up/000.png", png(images[0])),
         ("../../up/000.cls", b"cat\n"),
-        ("/root/001.cls", b"1"),
-        ("/root/001.png", png(images[1])),
-        ("/root/001.json", b"{}"),
+        ("/absolute/001.cls", b"1"),
+        ("/absolute/001.png", png(images[1])),
+        ("/absolute/001.json", b"{}"),
         ("002.png", png(images[2])),
         (link, b""),
         ("link.cls", b"0"),
