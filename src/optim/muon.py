@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of the Newton-Schulz iteration (Jordan et al., 2024)."""
-
 
 class Muon(Optimizer):
     """Muon for the weights of convolutions; Nesterov SGD for the head's matrix and for vectors (biases).
@@ -107,7 +104,7 @@ def _directions(updates: list[Tensor], steps: int) -> list[Tensor]:
     for shape in {u.shape: None for u in updates}:
         places = [i for i, u in enumerate(updates) if u.shape == shape]
         matrices = torch.stack([updates[i].reshape(len(updates[i]), -1) for i in places])
-        found |= zip(places, orthogonalize_all(matrices, steps), strict=True)
+        found |= zip(places, orthogonalize(matrices, steps), strict=True)
     return [found[i].view_as(u).to(u.dtype) for i, u in enumerate(updates)]
 
 
@@ -130,37 +127,16 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     come out between about 0.7 and 1.2 (Jordan et al., 2024).
 
     Args:
-        matrix: ``[m, n]``.
+        matrix: ``[..., m, n]``; each of several is made orthogonal by itself.
         steps: Iterations.
     """
-    a, b, c = COEFFICIENTS
+    a, b, c = 3.4445, -4.7750, 2.0315
     x: Tensor = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
-
-
-def orthogonalize_all(matrices: Tensor, steps: int) -> Tensor:
-    """Return what `orthogonalize` makes of each of several matrices, by fewer and larger operations.
-
-    It differs by rounding: sums are rounded once where `orthogonalize` rounds each term.
-
-    Args:
-        matrices: ``[k, m, n]``.
-        steps: Iterations.
-    """
-    a, b, c = COEFFICIENTS
-    x: Tensor = matrices.bfloat16()
-    tall = x.shape[1] > x.shape[2]
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
