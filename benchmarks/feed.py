@@ -33,7 +33,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -45,8 +45,8 @@ import lightning.pytorch as pl
 import numpy as np
 from PIL import Image
 
-from benchmarks.live import THREADS, Fit, percentile
-from benchmarks.paired import ROOT, header, spread
+from benchmarks.live import Fit, percentile, tell
+from benchmarks.paired import ROOT, spread
 from benchmarks.soak import digest
 from src.checkpoint_io import read
 from src.live.commands import LOCK
@@ -174,19 +174,6 @@ def joined(fit: Fit) -> int:
 def has_joined(fit: Fit, count: float) -> bool:
     """Return whether as many images have joined."""
     return joined(fit) >= count
-
-
-def tell(name: str, what: Callable[..., Any], n: int, figures: dict[str, Any], claims: dict[str, bool]) -> bool:
-    """Write and print what came out; return whether all claims hold."""
-    record = {"header": header(" ".join((what.__doc__ or "").split()), THREADS, n), "claims": claims, **figures}
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"feed_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    for claim, holds in claims.items():
-        print(f"{'holds' if holds else 'FAILS'}: {claim}")
-    print(f"written: {folder / f'feed_{name}.json'}", flush=True)
-    return all(claims.values())
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -391,7 +378,7 @@ def soak(o: argparse.Namespace) -> bool:
         "no image was drawn before it joined, twice in an epoch, or left out of one": not (early + twice + missing),
         "the replay warns of nothing": not warnings,
     }
-    return tell("soak", soak, 1, figures, claims)
+    return tell("feed_soak", soak, 1, figures, claims)
 
 
 def draws_of(path: Path) -> dict[int, tuple[int, list[int]]]:
@@ -457,7 +444,7 @@ def latency(o: argparse.Namespace) -> bool:
         "ms a step": spread([(b - a) / 1e6 for a, b in pairwise(begins)]),
     }
     claims = {"p95 at most 20 steps until it joins": percentile(steps, 95) <= 20}
-    return tell("latency", latency, n, figures, claims)
+    return tell("feed_latency", latency, n, figures, claims)
 
 
 drawn_lines: list[str] = []
@@ -535,7 +522,7 @@ def overhead(o: argparse.Namespace) -> bool:
     }
     what = f"{o.rate:g} images/s in {f'shards of {o.shard}' if o.shard else 'files of one'}"
     claims = {f"median at most 1.03 at {what}": median <= 1.03}
-    return tell(f"overhead_{o.rate:g}{'_shards' if o.shard else ''}", overhead, len(idle), figures, claims)
+    return tell(f"feed_overhead_{o.rate:g}{'_shards' if o.shard else ''}", overhead, len(idle), figures, claims)
 
 
 def idle(o: argparse.Namespace) -> bool:
@@ -575,7 +562,7 @@ def idle(o: argparse.Namespace) -> bool:
         "ms of a processor that the training thread takes for a step, without": spread(own[False]),
         "ratio of these medians": round(statistics.median(own[True]) / statistics.median(own[False]), 5),
     }
-    return tell("idle", idle, len(without), figures, {"median at most 1.005": median <= 1.005})
+    return tell("feed_idle", idle, len(without), figures, {"median at most 1.005": median <= 1.005})
 
 
 MEASUREMENTS = {f.__name__: f for f in (soak, latency, overhead, idle)}

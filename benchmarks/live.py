@@ -209,7 +209,7 @@ def tell(name: str, what: Callable[..., Any], n: int, figures: dict[str, Any], c
     record = {"header": header(" ".join((what.__doc__ or "").split()), THREADS, n), "claims": claims, **figures}
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"live_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'FAILS'}: {claim}")
@@ -365,7 +365,7 @@ def torn(o: argparse.Namespace) -> bool:
         "each open that is refused says that no writer is there": not odd,
         "plain shared memory is torn, and that is noticed": in_place[1] > 0,
     }
-    return tell("torn", torn, figures["reads"], figures, claims)
+    return tell("live_torn", torn, figures["reads"], figures, claims)
 
 
 def _abandoned() -> list[Path]:
@@ -476,7 +476,7 @@ def staleness(o: argparse.Namespace) -> bool:
         "none is older than one published before the call": found["older than one published before"] == 0,
         f"none of {found['refusals']:,} refusals is wrong": found["refusals that are wrong"] == 0 < found["refusals"],
     }
-    return tell("staleness", staleness, reads, figures, claims)
+    return tell("live_staleness", staleness, reads, figures, claims)
 
 
 def overhead(o: argparse.Namespace) -> bool:
@@ -534,7 +534,9 @@ def overhead(o: argparse.Namespace) -> bool:
     claims = {f"{len(losses[0])} losses are the same, to the last bit": same}
     if o.network == "speed94":
         claims |= {"median at most 1.01": median <= 1.01, "p99 at most 1.03": p99 <= 1.03}
-    return tell("overhead" if o.network == "speed94" else "overhead_small", overhead, len(without), figures, claims)
+    return tell(
+        "live_overhead" if o.network == "speed94" else "overhead_small", overhead, len(without), figures, claims
+    )
 
 
 def acknowledge(o: argparse.Namespace) -> bool:
@@ -572,7 +574,7 @@ def acknowledge(o: argparse.Namespace) -> bool:
         "p99 of a step": round(percentile(lengths, 99) / 1e6, 2),
     }
     claims = {f"each of {commands} is answered within a step and 100 ms": max(above) <= 100}
-    return tell("acknowledge", acknowledge, commands, figures, claims)
+    return tell("live_acknowledge", acknowledge, commands, figures, claims)
 
 
 def bad_commands(rng: random.Random, flood: int) -> list[bytes | str]:
@@ -714,7 +716,7 @@ def hostile(o: argparse.Namespace) -> bool:
         "nothing else is in the journal": other == {"stop": 1},
         "the median step takes at most 1.03 of the time": statistics.median(ratios) <= 1.03,
     }
-    return tell("hostile", hostile, len(ratios), figures, claims)
+    return tell("live_hostile", hostile, len(ratios), figures, claims)
 
 
 def _steps_within(steps: list[tuple[int, int, str]], begun: int, end: int) -> list[float]:
@@ -835,7 +837,7 @@ def soak(o: argparse.Namespace) -> bool:
         "the weights of all three are the same, to the last bit": all(s == states[0] for s in states),
         "the replays warn of nothing": outcomes["warnings of the replays"] == 0,
     }
-    return tell("soak", soak, 1, figures, claims)
+    return tell("live_soak", soak, 1, figures, claims)
 
 
 def _state(fit: Fit) -> dict[str, Any]:

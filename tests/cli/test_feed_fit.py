@@ -1,13 +1,11 @@
 """A fit that is fed while it trains, as its user meets it: what is put into a folder is learned, once a pass."""
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,8 @@ from src.live.feed import correct, offer, offer_shard
 from src.live.journal import Journal
 from src.live.liveness import lives
 from src.live.segments import Segment, read_segment, segment_path
-from tests.conftest import REPOSITORY, TINY, run_src
+from tests.cli.test_live import running
+from tests.conftest import TINY, run_src
 
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
@@ -42,21 +41,6 @@ FED = [
 CLASSES = Shapes10.classes
 OWN = 400
 """Images of the data set's own: what is fed has ids from here on."""
-
-
-@contextlib.contextmanager
-def running(*args: str | Path, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run ``python -m src fit`` beside the test."""
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "src", "fit", *map(str, args)]
-    with subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
 
 
 def until(said: Callable[[], Any], what: str, fit: subprocess.Popen[str] | None = None, seconds: float = 60) -> Any:
@@ -198,7 +182,7 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
     run, feed = tmp_path / RUN, tmp_path / "feed"
     (tmp_path / "good.png").write_bytes(b"")
     Image.fromarray(noise(1, seed=1)[0]).save(tmp_path / "good.png")
-    with running(*FED, cwd=tmp_path) as fit:
+    with running("fit", *FED, cwd=tmp_path) as fit:
         until(lambda: lives(run / "live" / LOCK), "training", fit)
         assert run_src("feed", "feed", "good.png", "--label", "circle", cwd=tmp_path).stdout == (
             "fed 1 image to feed/circle\n"
@@ -238,7 +222,7 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         fit.kill()  # most likely before a checkpoint holds what has just joined
         assert fit.wait() == -signal.SIGKILL
     (offline,) = offer(feed, [noise(1, seed=5)[0]], "circle")  # while no fit runs
-    with running("--ckpt_path", LAST, cwd=tmp_path) as fit:
+    with running("fit", "--ckpt_path", LAST, cwd=tmp_path) as fit:
         until(lambda: joined(run) == 73 + 40 + 1, "what came meanwhile joins", fit)
         again = offer_shard(feed, noise(10, seed=6), [i % 10 for i in range(10)])
         until(lambda: joined(run) == 73 + 40 + 1 + 10, "what comes after it joins", fit)
@@ -267,7 +251,7 @@ EMPTY = [*FED, "--data.train_fraction=0"]
 
 def test_a_run_that_starts_with_nothing_waits_and_learns_from_the_stream_alone(tmp_path: Path) -> None:
     run, feed = tmp_path / RUN, tmp_path / "feed"
-    with running(*EMPTY, "--data.replay_only=60", cwd=tmp_path) as fit:
+    with running("fit", *EMPTY, "--data.replay_only=60", cwd=tmp_path) as fit:
         until(lambda: lives(run / "live" / LOCK), "waiting", fit)
         assert "step 0" in steer(tmp_path, "status")
         offer_shard(feed, noise(100), [i % 10 for i in range(100)])
@@ -282,7 +266,7 @@ def test_a_run_that_starts_with_nothing_waits_and_learns_from_the_stream_alone(t
 
 
 def test_ctrl_c_ends_a_fit_that_waits(tmp_path: Path) -> None:
-    with running(*EMPTY, cwd=tmp_path) as fit:
+    with running("fit", *EMPTY, cwd=tmp_path) as fit:
         until(lambda: lives(tmp_path / RUN / "live" / LOCK), "waiting", fit)
         fit.send_signal(signal.SIGINT)
         _, err = fit.communicate(timeout=60)
@@ -324,7 +308,7 @@ def test_a_feed_that_cannot_be_is_refused_in_one_line(
 def test_processes_that_train_together_are_fed_together_and_stop_without_hanging(tmp_path: Path) -> None:
     run, feed = tmp_path / RUN, tmp_path / "feed"
     together = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
-    with running(*EMPTY, *together, cwd=tmp_path) as fit:
+    with running("fit", *EMPTY, *together, cwd=tmp_path) as fit:
         until(lambda: lives(run / "live" / LOCK), "waiting", fit)
         (first,) = offer(feed, [noise(1, seed=2)[0]], "circle")  # too few for two
         until(lambda: joined(run) == 1, "the first image joins", fit)

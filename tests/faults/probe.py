@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -155,6 +156,17 @@ def fit(*args: str | Path) -> Done:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(["fit", *map(str, args)])
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def fit_through(crashes: int, command: list[str], again: list[str]) -> Done:
+    """Run a fit that dies so often, and go on with it after each crash, to its end."""
+    for _ in range(crashes):
+        with pytest.raises(CrashError):
+            fit(*command)
+        command = again
+    done = fit(*command)
+    assert done.status == 0, done
+    return done
 
 
 def batches(log: Path, rank: int = 0) -> list[list[Any]]:

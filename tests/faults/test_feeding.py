@@ -6,21 +6,31 @@ And what is scored before it is learned is what an independent look at the journ
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from src.callbacks.feeding import WINDOW
-from src.callbacks.pictures import Pictures
 from src.live.journal import Journal
 from src.live.segments import segment_path
 from tests.faults.eater import FEED, OWN, PLAN, Oracle, feed_now
-from tests.faults.probe import SMALL, CrashError, Done, assert_equal, assert_same_run, batches, curves, fit, load
+from tests.faults.probe import (
+    SMALL,
+    CrashError,
+    Done,
+    assert_equal,
+    assert_same_run,
+    batches,
+    curves,
+    fit,
+    fit_through,
+    load,
+)
 from tests.faults.test_resume import AUGMENT, CALLBACKS, LAST, ONE_CYCLE, RECIPES, RUN
+
+pytestmark = pytest.mark.usefixtures("fast_and_in_order", "here")
 
 Plan = dict[int, list[Any]]
 """By the step after which it is fed: a number of images, or a correction ``[sample, label]``."""
@@ -37,32 +47,13 @@ def fed(*args: str, plan: Plan, crashes: list[int], callbacks: list[dict[str, An
     PLAN.write_text(json.dumps({"fed": plan, "crashes": crashes, "left": False}))
     named = with_callbacks(*(callbacks or []), "Eater")
     command = [*SMALL, "--data.feed=feed", "--checkpoint.every_n_steps=2", *named, *args]
-    for _ in crashes:
-        with pytest.raises(CrashError):
-            fit(*command)
-        command = ["--ckpt_path", str(LAST), *named]
-    done = fit(*command)
-    assert done.status == 0, done
-    return done
+    return fit_through(len(crashes), command, ["--ckpt_path", str(LAST), *named])
 
 
 def replayed(*args: str) -> Path:
     done = fit("--config", RUN / "config.yaml", "--replay", RUN, *args)
     assert (done.status, done.err) == (0, ""), done
     return RUN.with_name("version_1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_and_in_order() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "on_validation_end", lambda *_: None)
-        patch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(10**6))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 MIXED: Plan = {

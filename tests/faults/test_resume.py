@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
-from src.callbacks.pictures import Pictures
 from src.checkpoint_io import manifest
 from src.classifier import ImageClassifier
 from src.cli import main
@@ -25,6 +23,8 @@ from src.data import Batch
 from src.live.journal import Journal
 from tests.conftest import run_src
 from tests.faults.probe import SMALL, Done, assert_equal, assert_same_run, batches, curves, fit, load, probed
+
+pytestmark = pytest.mark.usefixtures("fast_and_in_order", "here")
 
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
@@ -117,22 +117,6 @@ STOPS = [
 
 Epochs have 6 steps; 3 when 2 batches are accumulated, 2 when 4 are.
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_and_in_order() -> Iterator[None]:
-    # The confusion matrix as a picture takes half of the time of such small fits, and has no part in this.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "on_validation_end", lambda *_: None)
-        # TensorBoard reads the files of a run in the order of their names: the second, the process, and this number,
-        # as text. Two runs of one process within a second are in order if it has as many digits in both.
-        patch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(10**6))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)

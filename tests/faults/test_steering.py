@@ -5,15 +5,12 @@ same way and left alone, and so does its replay from scratch.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
-from src.callbacks.pictures import Pictures
 from src.checkpoint_io import commit, serialize
 from src.live.journal import Journal
 from tests.faults.probe import (
@@ -26,9 +23,12 @@ from tests.faults.probe import (
     batches,
     curves,
     fit,
+    fit_through,
     load,
 )
 from tests.faults.test_resume import CALLBACKS, LAST, RECIPES, RUN, schedule
+
+pytestmark = pytest.mark.usefixtures("fast_and_in_order", "here")
 
 Script = dict[int, list[dict[str, Any]]]
 """Commands by the step after which they are sent."""
@@ -44,26 +44,7 @@ def steered(*args: str, commands: Script, crashes: list[int], callbacks: list[di
     SCRIPT.write_text(json.dumps({"commands": commands, "crashes": crashes}))
     named = with_steerer(*(callbacks or []))
     command = [*SMALL, "--checkpoint.every_n_steps=2", *named, *args]
-    for _ in crashes:
-        with pytest.raises(CrashError):
-            fit(*command)
-        command = ["--ckpt_path", str(LAST), *named]
-    done = fit(*command)
-    assert done.status == 0, done
-    return done
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_and_in_order() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "on_validation_end", lambda *_: None)
-        patch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(10**6))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    return fit_through(len(crashes), command, ["--ckpt_path", str(LAST), *named])
 
 
 RATES: Script = {
