@@ -69,7 +69,8 @@ class StepLoop(_TrainingEpochLoop):
             A callback of your own that says ``between_chunks``, True or False, and logs nothing through the module
             from its batch hooks, is taken along; any other has the fit left to Lightning's own loop.
         cuda_graph: Whether steps are recorded, where they can be, see `src.step_graph`. Callbacks' hooks around the
-            backward pass are then called after the optimizer's step.
+            backward pass are then called after the optimizer's step, and batches come to them without the content of
+            their images, see `src.data.loader.ResidentLoader.whole`.
         mid_chunk: Whether the step that is being taken is followed by another of the same chunk.
         boundary: Called between two optimizer steps, before the next batch is drawn, when all that belongs to the
             last step (validation, checkpoint) has been done; but not between those of a chunk.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -27,6 +28,8 @@ WAYS = {
 class Again:
     """Records nothing but what was done, and does it again; counts how often."""
 
+    graph: StepGraph
+
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
@@ -40,6 +43,8 @@ class Again:
             again = body()
             done.measured.update(again.measured)
             done.gradients[:] = again.gradients
+            for parameter in self.graph.parameters:  # a graph does nothing to what is Python's
+                parameter.grad = None
 
         return done, replay
 
@@ -49,7 +54,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Again:
     """Let fits record on a CPU."""
     again = Again()
     own = StepGraph.__init__
-    monkeypatch.setattr(StepGraph, "__init__", lambda self, trainer, autocast: own(self, trainer, autocast, again))
+
+    def build(self: StepGraph, trainer: Any, autocast: Any) -> None:
+        own(self, trainer, autocast, again)
+        again.graph = self
+
+    monkeypatch.setattr(StepGraph, "__init__", build)
     monkeypatch.setattr(src.step_loop, "obstacle", lambda trainer, _: obstacle(trainer, "cuda"))
     return again
 
@@ -112,6 +122,29 @@ def test_a_spoilt_step_ends_the_fit_by_name(tmp_path: Path, capsys: pytest.Captu
     lr = "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 1.0e+30, fused: true}}"
     assert src.cli.main(["fit", *TINY, f"--trainer.default_root_dir={tmp_path}", lr, "--cuda_graph=true"]) == 1
     assert "error: step 2, epoch 1: weight features.0.weight is not finite (batch of the" in capsys.readouterr().err
+
+
+class Poison(pl.Callback):
+    """Makes a weight undefined before the fifth step."""
+
+    between_chunks = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Spoil it."""
+        if trainer.global_step == 4:
+            with torch.no_grad():
+                next(pl_module.network.parameters()).fill_(float("nan"))
+
+
+def test_after_a_rollback_steps_are_recorded_anew_as_the_optimizers_state_has_been_replaced(
+    recorder: Again, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rolls = ["--guard.on_nonfinite=rollback", "--checkpoint.every_n_steps=2", "--trainer.max_epochs=3"]
+    end = fit(tmp_path, SGD, "--cuda_graph=true", "--trainer.callbacks+=tests.test_step_graph.Poison", *rolls)
+    assert "took the weights of step 4, lr times 0.5" in capsys.readouterr().err
+    assert recorder.recorded == 2
+    assert end["global_step"] == 18
+    assert all(tensor.isfinite().all() for tensor in end["state_dict"].values())
 
 
 @pytest.mark.parametrize(
