@@ -62,7 +62,7 @@ class LiveBar(RichProgressBar):
 
 
 class EpochLines(pl.Callback):
-    """Prints two lines an epoch, for logs and pipes.
+    """Prints two lines an epoch, and a third of a fit that is fed, for logs and pipes.
 
     Args:
         curves: Where the speed and the lr come from.

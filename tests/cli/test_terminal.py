@@ -9,7 +9,10 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
+from src.callbacks.console import LiveBar
+from src.callbacks.curves import Curves
 from tests.conftest import REPOSITORY, TINY
 
 
@@ -35,3 +38,12 @@ def test_the_bar_shows_epoch_loss_accuracy_speed_and_lr(tmp_path: Path) -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
     last = [line for line in re.split(r"[\r\n]+", text) if line.startswith("Epoch 2/2")][-1]
     assert re.search(r"6/6 .*train/loss: \d\.\d{4}  val/acc: \d\.\d{4}  images/s: [\d,]+  lr: [\d.]+", last), last
+
+
+def test_the_bar_of_a_fit_that_is_fed_shows_what_arrived_waits_and_was_refused() -> None:
+    curves = Curves()
+    bar: Any = LiveBar(curves)
+    curves.latest = {"train/loss": 1.0}
+    assert bar.get_metrics(None, None) == {"train/loss": "1.0000"}
+    curves.latest |= {"feed/images": 36000.0, "feed/waiting": 12.0, "feed/refused": 3.0}
+    assert bar.get_metrics(None, None)["fed"] == "36,000, 12 waiting, 3 refused"

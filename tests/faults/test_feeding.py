@@ -5,6 +5,7 @@ And what is scored before it is learned is what an independent look at the journ
 
 import json
 import math
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,21 @@ def test_what_had_come_when_a_run_died_waits_until_what_had_joined_has_joined_ag
 def test_a_run_that_starts_empty_learns_from_the_stream_alone_and_is_replayed() -> None:
     FEED.mkdir()
     feed_now("000-0", 15)
-    fed(*ALONE, *RECIPES["one_cycle"], "--trainer.max_epochs=4", plan={1: [20], 5: [30]}, crashes=[4, 8])
+    done = fed(*ALONE, *RECIPES["one_cycle"], "--trainer.max_epochs=4", plan={1: [20], 5: [30]}, crashes=[4, 8])
+    assert re.search(r"\n +fed 65, 0 waiting, 0 refused  feed/prequential_acc 0\.\d{4}\n", done.out)
     lines = [line for line in Journal(RUN / "live/journal.jsonl").read() if line["kind"] == "segment"]
     assert [(line["step"], line["effective"]["images"]) for line in lines] == [(0, 15), (1, 20), (5, 30)]
     PLAN.unlink()
     again = replayed()
     assert_same_run(again, RUN, distinct=True)
+
+
+def test_a_replay_on_other_data_is_refused_as_ids_would_name_other_images() -> None:
+    fed(plan={1: [12]}, crashes=[])
+    PLAN.unlink()
+    done = fit("--config", RUN / "config.yaml", "--replay", RUN, "--data.train_images=200")
+    assert done.status == 1
+    assert "error: journal: what was fed at step 1 joined other images than there are now" in done.err
 
 
 def test_the_images_of_a_replay_are_each_drawn_once_an_epoch() -> None:

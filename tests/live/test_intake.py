@@ -49,6 +49,7 @@ class Fed:
         self.refused: dict[str, str] = {}
         self.corrections: list[Correction] = []
         self.feeder: Feeder | None = None
+        self.told: list[int] = []
 
     def open(
         self,
@@ -69,6 +70,7 @@ class Fed:
             taken=taken,
             corrections=corrections,
             digests=known,
+            told=lambda: self.told.append(self.feeder.waiting if self.feeder else 0),
         )
         self.feeder.open()
         return self
@@ -653,3 +655,16 @@ def test_neither_the_process_nor_its_handle_needs_torch() -> None:
     heavy = {"torch", "lightning", "yaml", "jsonargparse", "rich"}
     code = f"import sys, src.live.intake, src.live.feeder; sys.exit(bool({heavy} & {{*sys.modules}}))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_images_that_come_one_by_one_join_a_few_at_a_time_and_each_report_is_told_of(fed: Fed) -> None:
+    fed.open()
+    offer(fed.folder, [noise(1000)], "cat")
+    fed.until(lambda: len(fed.names) == 1)
+    begun = time.monotonic()
+    for seed in range(20):
+        offer(fed.folder, [noise(seed)], "cat")
+        time.sleep(0.05)
+    fed.until(lambda: len(fed.names) == 21)
+    assert len(fed.segments) <= 2 + (time.monotonic() - begun) / 0.25
+    assert len(fed.told) >= len(fed.segments)
