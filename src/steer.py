@@ -128,8 +128,14 @@ def _print_history(run: Path) -> None:
         when = "?"
         with suppress(OverflowError, ValueError, OSError):  # a stranger's line
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["time"]))
-        what = str(line["kind"])
-        if line["name"]:
+        what, facts = str(line["kind"]), line["effective"]
+        if what == "segment" and isinstance(facts, dict):
+            what += f" {line['name']}: {_text(facts.get('images'))} images, ids from {_text(facts.get('first_id'))}"
+        elif what in ("relabel", "drop") and isinstance(facts, dict):
+            what += f" {line['name']}: {_text(line['before'])} -> {_text(facts.get('class') or 'out of the data')}"
+        elif what in ("quarantined", "refused") and line["name"]:
+            what += f" {line['name']}: {_text(facts)}"
+        elif line["name"]:
             what += f" {line['name']} {_text(line['before'])} -> {_text(line['effective'])}"
         elif line["kind"] == "refused":
             what += f" {_text(line['requested'])}: {line['effective']}"

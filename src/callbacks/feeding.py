@@ -327,7 +327,7 @@ class Feeding(pl.Callback):
             "name": str(id),
             "before": classes[growth.label(id)],
             "requested": correction.sample,
-            "effective": {"id": id, "label": label},
+            "effective": {"id": id, "label": label, "class": None if label is None else classes[label]},
         }
         record("drop" if label is None else "relabel", [line], correction.actor, correction.id)
         loader.correct(id, label)

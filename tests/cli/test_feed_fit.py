@@ -205,13 +205,20 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         corrected = {line["requested"]: line for line in journal(run, "relabel", "drop")}
         ids = {name: OWN + i for i, name in enumerate(names(run))}
         assert corrected[OWN]["id"] == relabelled
-        assert (corrected[OWN]["before"], corrected[OWN]["effective"]) == ("circle", {"id": OWN, "label": 2})
-        assert corrected[f"{shard}#3"]["effective"] == {"id": ids[f"{shard}#3"], "label": 0}
+        assert (corrected[OWN]["before"], corrected[OWN]["effective"]) == (
+            "circle",
+            {"id": OWN, "label": 2, "class": CLASSES[2]},
+        )
+        assert corrected[f"{shard}#3"]["effective"] == {"id": ids[f"{shard}#3"], "label": 0, "class": CLASSES[0]}
         assert corrected[fed]["kind"] == "drop"
-        assert corrected[fed]["effective"] == {"id": ids[fed], "label": None}
+        assert corrected[fed]["effective"] == {"id": ids[fed], "label": None, "class": None}
         assert {line["name"] for line in journal(run, "refused")} == {"99999", "circle/unheard.png"}
         assert all(line["step"] >= before for line in corrected.values())
 
+        history = steer(tmp_path, "history")
+        for text in (f"relabel {OWN}: circle -> {CLASSES[2]}", f"drop {ids[fed]}: ", "refused 99999: no image"):
+            assert f"  {text}" in history, history
+        assert re.search(rf"  segment 000000\.npz: \d+ images, ids from {OWN}  feed$", history, re.M), history
         status = steer(tmp_path, "status")
         for text in ("feed/images       73", "feed/waiting      0", f"feed/refused      {len(BAD)}"):
             assert re.search(rf"^  {text}$".replace("  ", " +"), status, re.M), status
