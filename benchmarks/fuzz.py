@@ -89,6 +89,10 @@ CONFIG: dict[str, Any] = {
         "freeze_backbone": 0,
         "backbone_lr": None,
         "channels_last": True,
+        "selection": {
+            "class_path": "src.selection.Selection",
+            "init_args": {"network": {"class_path": "src.networks.CNN"}, "share": 0.5, "every": 4},
+        },
     },
     "data": {
         "class_path": "src.data.Shapes10",

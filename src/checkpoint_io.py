@@ -12,11 +12,14 @@ import io
 import os
 import re
 import struct
+import threading
 import zipfile
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,31 +57,69 @@ class Manifest(NamedTuple):
 class VerifiedCheckpointIO(CheckpointIO):
     """Lightning's seam: how the Trainer writes and reads checkpoints.
 
-    What is saved is fixed before `save_checkpoint` returns; the disk is waited for on a thread of its own.
+    What is saved is fixed before `save_checkpoint` returns, by a copy that stays on the device. Another thread brings
+    it to the host, packs it, and waits for the disk. Training does not wait, unless there is no file yet under a name
+    and one is still to come: later, what is to be written when a newer one gets its name is left out.
     """
 
     def __init__(self) -> None:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: deque[Future[None]] = deque()
+        self._lock = threading.Lock()
+        self._due: dict[Path, Fixed | Path] = {}  # by its name; a path is that of a file that gets a second name
+        self._lost: set[Path] = set()  # what could not be written last time
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Begin to write a checkpoint; a failure is raised by `wait`, or here when two more have been begun."""
-        content, head = dump(checkpoint, Path(path))
-        self.wait(leave=1)
-        self._pending.append(self._writer.submit(lambda: commit(seal(content, head), Path(path))))
+        """Begin to write a checkpoint; a failure is raised by `wait`, or here when a later one is begun."""
+        fixed = fix(checkpoint, Path(path))
+        if self._pending and not Path(path).exists():
+            self.wait()
+        self._begin(Path(path), fixed)
 
     def save_again(self, path: Path, other: Path) -> None:
         """Let another file be the checkpoint that `path` is when all that has been begun is written.
 
         It is another name for the same bytes, until either is written anew, where the file system has such names.
         """
-        before = self._pending[-1] if self._pending else None
+        self._begin(other, path)
 
-        def link() -> None:
-            if before is None or before.exception() is None:  # else that failure is told
-                _link(path, other)
+    def _begin(self, path: Path, what: "Fixed | Path") -> None:
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+        with self._lock:
+            self._due.pop(path, None)
+            self._due[path] = self._due.get(what, what) if isinstance(what, Path) else what
+        self._pending.append(self._writer.submit(self._write))
 
-        self._pending.append(self._writer.submit(link))
+    def _write(self) -> None:
+        """Write all that is due."""
+        with self._lock:
+            due, self._due = self._due, {}
+        alike: dict[int, list[Path]] = {}
+        for path, what in due.items():
+            alike.setdefault(id(what), []).append(path)
+        failures: list[Failure] = []
+        # The last one says how good the best is, which must be there before.
+        for paths in sorted(alike.values(), key=lambda paths: any(path.name == "last.ckpt" for path in paths)):
+            try:
+                self._write_as(due[paths[0]], paths)
+            except Failure as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    def _write_as(self, what: "Fixed | Path", paths: list[Path]) -> None:
+        """Write a checkpoint under some names."""
+        if isinstance(what, Path):
+            first, others = what, paths
+        else:
+            first, *others = paths
+            self._lost.add(first)
+            commit(pack(what, first), first)
+            self._lost.discard(first)
+        for other in others:
+            if first not in self._lost:  # else there is an older one, under that name
+                _link(first, other)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; see `read`. Nothing but plain values and tensors is ever unpickled."""
@@ -90,13 +131,13 @@ class VerifiedCheckpointIO(CheckpointIO):
         self.wait()
         Path(path).unlink(missing_ok=True)
 
-    def wait(self, leave: int = 0) -> None:
-        """Wait until at most `leave` checkpoints are still being written.
+    def wait(self) -> None:
+        """Wait until all that has been begun is written.
 
         Raises:
             Failure: If one could not be written.
         """
-        while len(self._pending) > leave:
+        while self._pending:
             self._pending.popleft().result()
 
     def teardown(self) -> None:
@@ -104,40 +145,132 @@ class VerifiedCheckpointIO(CheckpointIO):
         self.wait()
 
 
-def serialize(checkpoint: dict[str, Any], path: Path) -> bytearray:
+@dataclass(eq=False)
+class Fixed:
+    """A checkpoint as it was at one moment, whatever training does to it since.
+
+    Attributes:
+        content: Copies of all that it holds; the tensors of a GPU are still there, others on the host.
+        gpu: Which GPU that is; none if it is none.
+        copied: When the copies are there; none if they are.
+    """
+
+    content: dict[str, Any]
+    gpu: torch.device | None = None
+    copied: torch.cuda.Event | None = None
+
+
+def serialize(checkpoint: dict[str, Any], path: Path) -> bytes:
     """Return the bytes of a checkpoint, manifest and all.
 
     Raises:
         Failure: If it holds more than plain values and tensors, or memory is used up.
     """
-    return seal(*dump(checkpoint, path))
+    return pack(fix(checkpoint, path), path)
 
 
-def dump(checkpoint: dict[str, Any], path: Path) -> tuple[bytearray, str]:
-    """Return the bytes of a checkpoint as it is now, and the beginning of its manifest; see `serialize`."""
+def fix(checkpoint: dict[str, Any], path: Path) -> Fixed:
+    """Copy a checkpoint; without waiting for a GPU that has room for several copies.
+
+    Raises:
+        Failure: If it holds more than plain values and tensors, or memory is used up.
+    """
+    gpu, size = None, 0
     for key, value in leaves(checkpoint):
         if type(value) not in _PLAIN:
             raise Failure(
                 f"{path} cannot keep {key.replace('/', '.')}, a {type(value).__name__}: "
                 f"a checkpoint holds plain values and tensors only"
             )
-    buffer = io.BytesIO()
+        if isinstance(value, Tensor) and value.is_cuda:
+            gpu, size = value.device, size + value.nbytes
+    if gpu is not None and not _has_room(gpu, 4 * size):  # one on its way, two that are due, and this
+        gpu = None
+    with _out_of_memory(path):
+        content = _copied(checkpoint, lambda tensor: _clone(tensor, stays=gpu is not None))
+    if gpu is None:
+        return Fixed(content)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(gpu))
+    return Fixed(content, gpu, copied)
+
+
+def pack(fixed: Fixed, path: Path) -> bytes:
+    """Return the bytes of a checkpoint; of a GPU, it waits for the copy alone, not for training.
+
+    Raises:
+        Failure: If memory is used up.
+    """
+    if fixed.gpu is not None and fixed.copied is not None:
+        stream = _stream(fixed.gpu)
+        stream.wait_event(fixed.copied)
+        with torch.cuda.stream(stream):
+            fixed.content = _copied(fixed.content, _fetch)  # lets go of the GPU's memory
+            fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            fetched.record(stream)
+        fetched.synchronize()
+        fixed.copied = None
+    content, buffer = fixed.content, io.BytesIO()
+    with _out_of_memory(path):
+        torch.save(content, buffer)
+        head = f'{{"format": {FORMAT}, "epoch": {content["epoch"]}, "step": {content["global_step"]}, "sha256": "'
+        buffer.seek(-2, os.SEEK_END)
+        assert buffer.read() == b"\0\0", "torch writes archives without a comment"
+        buffer.seek(-2, os.SEEK_END)
+        buffer.write(struct.pack("<H", len(head) + 64 + 2) + head.encode())
+        with buffer.getbuffer() as packed:
+            digest = hashlib.sha256(packed).hexdigest()
+        buffer.write(f'{digest}"}}'.encode())
+        return buffer.getvalue()
+
+
+def _has_room(gpu: torch.device, size: int) -> bool:
+    """Return whether a GPU has so many bytes to spare also in the middle of a step."""
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return free + torch.cuda.memory_reserved(gpu) - torch.cuda.max_memory_allocated(gpu) > size
+
+
+@cache
+def _stream(gpu: torch.device) -> torch.cuda.Stream:
+    """Return the stream that checkpoints leave a GPU by; of another priority than those on which steps are recorded."""
+    return torch.cuda.Stream(gpu, priority=-1)  # type: ignore[no-untyped-call]
+
+
+def _copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested dicts and lists anew, with copies of their tensors."""
+    if isinstance(value, Tensor):
+        tensor = copy(value.detach())
+        if isinstance(value, torch.nn.Parameter):
+            return torch.nn.Parameter(tensor, value.requires_grad)
+        return tensor.requires_grad_(value.requires_grad)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, copy) for item in value)
+    if not isinstance(value, dict):
+        return value
+    new = type(value)((key, _copied(item, copy)) for key, item in value.items())
+    if hasattr(value, "__dict__"):  # a state_dict of torch carries the versions of its modules
+        vars(new).update(vars(value))
+    return new
+
+
+def _clone(tensor: Tensor, stays: bool) -> Tensor:
+    """Copy a tensor; to the host if it is on another device and does not stay there."""
+    return tensor.clone() if tensor.device.type == "cpu" or (stays and tensor.is_cuda) else tensor.cpu()
+
+
+def _fetch(tensor: Tensor) -> Tensor:
+    """Begin to copy a tensor of a GPU to the host."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+@contextmanager
+def _out_of_memory(path: Path) -> Iterator[None]:
     try:
-        torch.save(checkpoint, buffer)
-        content = bytearray(buffer.getbuffer())
+        yield
     except (MemoryError, RuntimeError) as error:
         raise Failure(f"{path} could not be written: out of memory") from error
-    head = f'{{"format": {FORMAT}, "epoch": {checkpoint["epoch"]}, "step": {checkpoint["global_step"]}, "sha256": "'
-    assert content[-2:] == b"\0\0", "torch writes archives without a comment"
-    return content, head
-
-
-def seal(content: bytearray, head: str) -> bytearray:
-    """Add the manifest to the bytes of a checkpoint."""
-    content[-2:] = struct.pack("<H", len(head) + 64 + 2)
-    content += head.encode()
-    content += f'{hashlib.sha256(content).hexdigest()}"}}'.encode()
-    return content
 
 
 def commit(content: bytes | bytearray, path: Path) -> None:
@@ -151,6 +284,7 @@ def commit(content: bytes | bytearray, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")  # one name: what a killed process leaves is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # it may be a second name of another checkpoint, see _link
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
@@ -170,6 +304,7 @@ def _link(path: Path, other: Path) -> None:
         partial.unlink(missing_ok=True)
         partial.hardlink_to(path)
         partial.replace(other)
+        partial.unlink(missing_ok=True)  # where both were the same already, nothing is replaced
         _sync_folder(other.parent)
     except OSError:  # the file system knows no second names
         try:
@@ -315,7 +450,7 @@ def _is_own_class(name: str) -> bool:
 
 _PATH_KEYS = {"weights", "root", "default_root_dir", "images", "ckpt_path"}
 _CLASS_KEYS = {
-    *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "augment", "mix"),
+    *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "selection", "augment", "mix"),
     *("callbacks", "logger", "plugins", "strategy", "profiler", "accelerator", "checkpoint"),
 }
 

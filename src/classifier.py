@@ -26,6 +26,7 @@ from src.mean_loss import MeanLoss
 from src.networks import Network
 from src.optim import OneCycle
 from src.optim.bounds import build_checked
+from src.selection import Selection, weighted_mean
 from src.views import Views, average_views
 
 
@@ -46,6 +47,8 @@ class ImageClassifier(pl.LightningModule):
             ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides.
         compile: Train a network that ``torch.compile`` has made faster, in this mode (``reduce-overhead``: by CUDA
             graphs); null does without. It pays in long runs on a GPU; what it costs at the first step is printed.
+        selection: Learn the hardest images of each batch alone; null learns all. ``train/loss`` and ``train/acc`` are
+            then those of the images that are learned.
         channels_last: Keep weights and activations in NHWC order, which convolutions on most devices are faster in.
 
     Attributes:
@@ -68,6 +71,7 @@ class ImageClassifier(pl.LightningModule):
         channels_last: bool = True,
         tta: Views = "one",
         compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -76,10 +80,13 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"freeze_backbone: {freeze_backbone} is out of range: 0 or more epochs")
         if backbone_lr is not None and not backbone_lr > 0:
             raise ValueError(f"backbone_lr: {backbone_lr} is out of range: above 0")
-        # On the command line, what is saved is the config of these three, plain values; elsewhere it would be they.
-        objects = [] if _given_hyperparameters.get() else ["network", "optimizer", "lr_scheduler"]
+        classes = num_classes if selection is None else getattr(selection.network.head, "out_features", num_classes)
+        if classes != num_classes:
+            raise ValueError(f"model.selection.network.num_classes: {classes}, but the data have {num_classes} classes")
+        # On the command line, what is saved is the config of these, plain values; elsewhere it would be they.
+        objects = [] if _given_hyperparameters.get() else ["network", "optimizer", "lr_scheduler", "selection"]
         self.save_hyperparameters(logger=False, ignore=objects)
-        self.network = network
+        self.network, self.selection = network, selection
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.label_smoothing = label_smoothing
         self.freeze_backbone, self.backbone_lr = freeze_backbone, backbone_lr
@@ -88,10 +95,12 @@ class ImageClassifier(pl.LightningModule):
         self.channels_last, self.tta = channels_last, tta
         # In a list, as it is no part of this module: its weights are those of the network.
         self._trained = [network if compile is None else torch.compile(network, mode=compile, dynamic=False)]
+        if selection is not None and compile is not None:
+            selection.network.compile(mode=compile, dynamic=False)
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)
         # By name, and now: a sharding strategy will flatten the parameters.
-        self._vectors = {name for name, p in network.named_parameters() if p.ndim < 2}
+        self._vectors = {name for name, p in self.parameters_by_name().items() if p.ndim < 2}
         backbone = {id(p) for p in network.backbone_parameters()} if backbone_lr is not None else set()
         self._backbone = {name for name, p in network.named_parameters() if id(p) in backbone}
         self.eval_loss = MeanLoss()
@@ -124,9 +133,10 @@ class ImageClassifier(pl.LightningModule):
                 "model.lr_scheduler: OneCycle needs the length of the run: give trainer.max_epochs or max_steps"
             )
         if self.trainer.ckpt_path is None:
-            if type(self.network).initialize is not Network.initialize:
-                self.network.initialize(self.trainer.datamodule.sample(5000).to(self.device))  # type: ignore[attr-defined]
-            self.network.load_pretrained()
+            for network in self.networks.values():
+                if type(network).initialize is not Network.initialize:
+                    network.initialize(self.trainer.datamodule.sample(5000).to(self.device))  # type: ignore[attr-defined]
+                network.load_pretrained()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the lr has been multiplied by, and the hyper-parameters that were asked for."""
@@ -214,19 +224,55 @@ class ImageClassifier(pl.LightningModule):
                 config.scheduler.stretch(total_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of a batch; of this rank's images, their mean loss and logits."""
+        """Return the loss of a batch; of this rank's images, their mean loss and logits.
+
+        With a selection these are of the images that were learned, and so are ``labels``, which are then returned too.
+        """
+        own = len(batch.ids)
+        share = 1 if own == batch.total else own * self.trainer.world_size / batch.total
+        if self.selection is not None:
+            return self._learn_hardest(batch, self.selection, share)
         logits = self._trained[0](self._layout(batch.images)).float()
         if batch.weights is not None:
             losses = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="none")
             loss = (losses * batch.weights).sum() * (self.trainer.world_size / batch.weight)
             return {"loss": loss, "mean": losses.detach().mean(), "logits": logits.detach()}
         mean = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        own = len(batch.ids)
-        share = 1 if own == batch.total else own * self.trainer.world_size / batch.total
         kept = logits.detach()
         if self._trained[0] is not self.network:
             kept = kept.clone()  # a CUDA graph writes its output over that of the step before
         return {"loss": mean if share == 1 else mean * share, "mean": mean.detach(), "logits": kept}
+
+    def _learn_hardest(self, batch: Batch, selection: Selection, share: float) -> dict[str, Tensor]:
+        learns = self.proxy_learns
+        given = self._layout(batch.images), batch.labels, batch.weights
+        rows, of_proxy = selection(*given, label_smoothing=self.label_smoothing, learns=learns)
+        # Row by row in the order that they lie in: chosen otherwise they would come in another layout.
+        images = batch.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+        labels = batch.labels.index_select(0, rows)
+        logits = self._trained[0](self._layout(images)).float()
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        weights = None if batch.weights is None else batch.weights.index_select(0, rows)
+        loss = weighted_mean(losses, weights) * share
+        if learns:
+            loss = loss + of_proxy * share
+        measured = {"mean": losses.detach().mean(), "logits": logits.detach().clone(), "labels": labels}
+        return {"loss": loss, **measured}
+
+    @property
+    def proxy_learns(self) -> bool:
+        """Whether the step that is due trains the selection's proxy too."""
+        return self.selection is not None and self.selection.learns(self.trainer.global_step)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """All that is trained: the network, and the selection's proxy; by what is put before the names of its parts."""
+        proxy = {} if self.selection is None else {"selection.network.": self.selection.network}
+        return {"": self.network, **proxy}
+
+    def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
+        """Return all that is trained; the names of the network's own parameters are as it gives them."""
+        return {prefix + name: p for prefix, network in self.networks.items() for name, p in network.named_parameters()}
 
     def _layout(self, images: Tensor) -> Tensor:
         return images if self.channels_last else images.contiguous()
@@ -244,7 +290,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Freeze or thaw the backbone: a function of the epoch alone."""
-        self.network.begin_epoch(self.current_epoch)
+        for network in self.networks.values():
+            network.begin_epoch(self.current_epoch)
         if self.freeze_backbone:
             frozen = self.current_epoch < self.freeze_backbone
             for parameter in self.network.backbone_parameters():
@@ -316,7 +363,7 @@ class ImageClassifier(pl.LightningModule):
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Group the parameters: head first, then backbone if its lr differs; each by whether it decays."""
         groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.parameters_by_name().items():
             name = name.replace("_fsdp_wrapped_module.", "")
             key = (name in self._backbone, name in self._vectors)
             groups.setdefault(key, {"params": []})["params"].append(parameter)

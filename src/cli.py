@@ -369,22 +369,25 @@ class CLI(LightningCLI):
         self._check_monitors()
         if self.subcommand == "fit" and self.datamodule.small_epochs:
             size = self.datamodule.small_size
-            try:
-                with torch.no_grad():
-                    self.model.network.eval()(torch.zeros(1, 3, size, size))
-            except RuntimeError as error:
-                raise UsageError(f"data.small_size: the network takes no images of {size} pixels") from error
-            self.model.network.train()
+            for network in self.model.networks.values():
+                try:
+                    with torch.no_grad():
+                        network.eval()(torch.zeros(1, 3, size, size))
+                except RuntimeError as error:
+                    raise UsageError(f"data.small_size: the network takes no images of {size} pixels") from error
+                network.train()
         if self.live is not None:
             with LiveWeights.open(self.live) as reader:
                 self.take(reader.read(verify=True))
-        # DDP waits for every gradient unless it is told that parameters come to life late.
+        # DDP waits for every gradient unless it is told that some parameters have none in some steps.
         kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
-        if self.model.freeze_backbone and self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
-            raise UsageError(
-                "model.freeze_backbone: with several devices it needs "
-                "--trainer.strategy ddp_find_unused_parameters_true"
-            )
+        selection = self.model.selection
+        late = {"freeze_backbone": self.model.freeze_backbone, "selection": selection and selection.every > 1}
+        if self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
+            for key in (key for key, given in late.items() if given):
+                raise UsageError(
+                    f"model.{key}: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true"
+                )
 
     def take(self, version: Version) -> None:
         """Give the network the weights of a run that trains, and the callbacks their step."""

@@ -10,6 +10,7 @@ or of its images, a steered momentum, a layer that is frozen) makes a recording 
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -82,7 +83,8 @@ class StepGraph:
         groups = self.optimizer.param_groups
         for lr, group in zip(self._lrs, groups, strict=True):
             lr.fill_(group["lr"])
-        key = (len(batch.ids), self._kind, self.module.label_smoothing, *map(_settings, groups))
+        module = self.module
+        key = (len(batch.ids), self._kind, module.label_smoothing, module.proxy_learns, *map(_settings, groups))
         if key not in self._recorded:
             if self._warm.get(key, 0) < WARM_UP:
                 self._warm[key] = self._warm.get(key, 0) + 1
@@ -170,7 +172,9 @@ class Recorder:
         return done, graph.replay
 
 
-_STREAMS: dict[torch.device, Any] = {}
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -180,7 +184,7 @@ def aside(device: torch.device) -> Iterator[None]:
         yield
         return
     here = torch.cuda.current_stream(device)
-    stream = _STREAMS.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    stream = _stream(device)
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
         yield

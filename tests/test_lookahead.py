@@ -107,12 +107,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_here")
 def test_a_fit_that_is_killed_and_resumed_equals_one_that_is_not() -> None:
-    """Killed after step 5 of 12: slow weights of step 4, trained ones of step 5."""
+    """Killed in step 6 of 12, between two meetings."""
     whole = fit(*SMALL, *probed(Path("log"), "", OWN), DURABLE, "--trainer.default_root_dir=whole")
     assert (whole.status, whole.err) == (0, "")
     killed = probed(Path("log"), "train 5", OWN, number="SIGKILL")
     run_src("fit", *SMALL, *killed, DURABLE, cwd=Path(), status=-signal.SIGKILL)
-    assert manifest(LAST).step in (3, 4, 5), "those after the third may have been on their way to the disk"
+    assert 1 <= manifest(LAST).step <= 5, "those after the first may have been on their way to the disk"
     done = fit("--ckpt_path", LAST, *probed(Path("log"), "", OWN))
     assert (done.status, done.err) == (0, "")
     assert_same_run(RUN, "whole" / RUN)

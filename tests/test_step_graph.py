@@ -21,6 +21,7 @@ WAYS = {
     "scheduled": [SGD, "--model.lr_scheduler=src.optim.OneCycle", "--trainer.val_check_interval=2"],
     "dropout": [SGD, "--model.network={class_path: src.networks.CNN, init_args: {dropout: 0.2, norm: batch}}"],
     "chunked": [SGD, "--chunk_size=4", "--trainer.max_steps=8", "--trainer.max_epochs=-1"],
+    "selected": [SGD, "--model.selection.network=src.networks.CNN", "--model.selection.every=3"],
     "small images": [MUON, WHITENED, "--data.small_epochs=1", "--data.small_size=24"],
 }
 

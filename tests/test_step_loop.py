@@ -28,6 +28,7 @@ WAYS = {
     "by epoch": ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.optimizer.momentum=0.5"],
     "averaged": [EMA],
     "cut short": ["--trainer.max_steps=8", "--trainer.max_epochs=-1"],
+    "selected": ["--model.selection.network=src.networks.CNN", "--model.selection.every=2"],
     "limited": ["--trainer.limit_train_batches=3", "--trainer.accumulate_grad_batches=2"],
 }
 

@@ -22,12 +22,27 @@ _MOST_PENDING = 50
 """Batches whose logits are kept, at most, before they are summed."""
 
 
+class Measured(NamedTuple):
+    """What a step has measured of one batch, on the device.
+
+    Attributes:
+        mean: The mean loss of this rank's images that were learned.
+        logits: Of these, ``[k, classes]``.
+        labels: Of these.
+        total: Images in the batch, learned or not, of all ranks.
+    """
+
+    mean: Tensor
+    logits: Tensor
+    labels: Tensor
+    total: int
+
+
 class Point(NamedTuple):
     """One point of the curves, perhaps still on its way from the device."""
 
     step: int
     sums: Tensor
-    images: int
     copied: torch.cuda.Event | None
     rates: dict[str, float]
 
@@ -40,8 +55,9 @@ class Sums:
     """Loss and hits of some images, summed.
 
     Attributes:
-        sums: Of this rank's images, ``[2]`` on the device; none before the first.
-        images: Their number, over all ranks.
+        sums: Of this rank's images that were learned: loss, hits and their number, ``[3]`` on the device; none before
+            the first. All are exact, whenever they are summed.
+        images: Images that were drawn, over all ranks.
     """
 
     def __init__(self, sums: Tensor | None = None, images: int = 0) -> None:
@@ -62,7 +78,7 @@ class Sums:
 
     def pack(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        return {"sums": None if self.sums is None else self.sums.cpu(), "images": self.images}
+        return {"sums": self.sums, "images": self.images}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], device: torch.device, keep: bool) -> "Sums":
@@ -70,6 +86,8 @@ class Sums:
         sums, images = packed["sums"], packed["images"]
         if isinstance(images, list):  # as an earlier format has it: a row for each step
             sums, images = (sums.sum(0) if images else None), sum(images)
+        if sums is not None and len(sums) == 2:  # as an earlier version has it: all were learned
+            sums = torch.cat([sums, sums.new_tensor([images])])
         if sums is not None:
             sums = (sums if keep else torch.zeros_like(sums)).to(device)
         return cls(sums, images)
@@ -86,7 +104,7 @@ class Curves(pl.Callback):
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
         self.epoch: dict[str, float] = {}
-        self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._pending: list[Measured] = []
         self._interval, self._epoch = Sums(), Sums()
         self._points: deque[Point] = deque()
         self._lrs: dict[str, float] = {}
@@ -115,7 +133,8 @@ class Curves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Keep what the step measured, and make a point of it when one is due."""
-        self._pending.append((outputs["mean"], outputs["logits"], batch.labels, batch.total))
+        labels = outputs.get("labels", batch.labels)
+        self._pending.append(Measured(outputs["mean"], outputs["logits"], labels, batch.total))
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set outside of __init__
@@ -171,7 +190,7 @@ class Curves(pl.Callback):
         if self._epoch.images:
             sums = self._epoch.over_ranks().sums
             assert sums is not None
-            self.epoch = _means(sums, self._epoch.images)
+            self.epoch = _means(sums)
             pl_module.log_dict(self.epoch, logger=False, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -203,23 +222,23 @@ class Curves(pl.Callback):
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         rates = self._lrs | {"images/s": count / max(elapsed, 1e-9)}
-        self._points.append(Point(self._step, sums, count, copied, rates))
+        self._points.append(Point(self._step, sums, copied, rates))
         self._write(trainer)
 
     def _write(self, trainer: pl.Trainer, wait: bool = False) -> None:
         """Log the points that have arrived from the device; with `wait`, all."""
         while self._points and (wait or self._points[0].arrived()):
-            step, sums, count, copied, rates = self._points.popleft()
+            step, sums, copied, rates = self._points.popleft()
             if copied is not None:
                 copied.synchronize()
-            values = {**_means(sums, count), **rates}
+            values = {**_means(sums), **rates}
             self.latest |= values
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
 
 
-def _summed(measured: list[tuple[Tensor, Tensor, Tensor, int]]) -> tuple[Tensor, int]:
-    """Return loss and hits summed over this rank's images, ``[2]`` on the device, and the images over all ranks."""
+def _summed(measured: list[Measured]) -> tuple[Tensor, int]:
+    """Return loss, hits and number of this rank's learned images, ``[3]`` on the device, and all that were drawn."""
     means, logits, labels, totals = zip(*measured, strict=True)
     dtype = torch.float32 if means[0].device.type == "mps" else torch.float64
     sizes = [len(of_batch) for of_batch in labels]
@@ -228,9 +247,9 @@ def _summed(measured: list[tuple[Tensor, Tensor, Tensor, int]]) -> tuple[Tensor,
         loss += torch.stack([m for m, n in zip(means, sizes, strict=True) if n == size]).to(dtype).sum() * size
     target = torch.cat(labels)
     hits = torch.cat(logits).argmax(1) == (target.argmax(1) if target.is_floating_point() else target)
-    return torch.stack([loss, hits.sum().to(dtype)]), sum(totals)
+    return torch.stack([loss, hits.sum().to(dtype), loss.new_full((), sum(sizes))]), sum(totals)
 
 
-def _means(sums: Tensor, count: int) -> dict[str, float]:
-    loss, correct = sums.tolist()
-    return {"train/loss": loss / count, "train/acc": correct / count}
+def _means(sums: Tensor) -> dict[str, float]:
+    loss, correct, learned = sums.tolist()
+    return {"train/loss": loss / learned, "train/acc": correct / learned}

@@ -118,8 +118,14 @@ class Guard(pl.Callback):
         self._settle(trainer, pl_module)
         if self.on_nonfinite == "ignore":
             return
-        for name, tensor in checkpoint["state_dict"].items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if tensor.is_floating_point()}
+        if not state:  # another rank saves
+            return
+        norms = torch._foreach_norm(list(state.values()))
+        if math.isfinite(torch.stack([norm.float() for norm in norms]).sum()):  # a GPU is waited for once
+            return
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
                 where = f"step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
                 raise Failure(
                     f"{where}: {name} is not finite after the step, and was not saved; try a smaller model.optimizer.lr"
@@ -159,6 +165,7 @@ class Guard(pl.Callback):
         last = callback.folder / "last.ckpt" if callback is not None and callback.folder is not None else None
         if callback is not None:
             callback.wait(trainer)
+            trainer.strategy.barrier("checkpoint")  # all ranks are to read the same one
         if last is None or not last.is_file():
             raise _failure(trainer, f"{where}; there is no checkpoint yet: try a smaller model.optimizer.lr")
         if self.on_nonfinite == "stop" or self._rollbacks == MAX_ROLLBACKS:
@@ -220,27 +227,30 @@ def first_nonfinite(model: ImageClassifier, batches: list[Batch]) -> tuple[str, 
     Returns:
         E.g. ``layer blocks.0.conv gives a non-finite output``, and the batch on which it did.
     """
-    for name, parameter in model.network.named_parameters():
+    parameters = model.parameters_by_name()
+    for name, parameter in parameters.items():
         if not parameter.isfinite().all():
             return f"weight {name} is not finite", batches[0]
-    network = copy.deepcopy(model.network)  # BatchNorm's statistics must not see the batch twice
+    networks = copy.deepcopy(model.networks)  # BatchNorm's statistics must not see the batch twice
     found: list[str] = []
 
     def look(name: str, *call: Any) -> None:
         if isinstance(call[-1], Tensor) and not call[-1].isfinite().all():
             found.append(name)
 
-    for name, module in network.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(partial(look, name))
+    for prefix, network in networks.items():
+        for name, module in network.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(partial(look, prefix + name))
     with torch.no_grad(), model.trainer.precision_plugin.forward_context(), suppress(RuntimeError):
         for batch in (b for b in batches if len(b.images)):
             if not batch.images.isfinite().all():
                 return "an image of the batch is not finite", batch
-            network(batch.images)
+            for network in networks.values():
+                network(batch.images)
             if found:
                 return f"layer {found[0]} gives a non-finite output", batch
-    bad = [n for n, p in model.network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    bad = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
     if bad:  # the backward pass meets the last layer first
         return f"the gradient of {bad[-1]} is not finite", batches[-1]
     return "the loss or the norm of the gradient is not finite", batches[-1]

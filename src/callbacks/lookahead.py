@@ -97,5 +97,6 @@ class Lookahead(pl.Callback):
 
 
 def _weights(module: pl.LightningModule) -> dict[str, Tensor]:
-    """Return all floating-point weights and buffers by name, not copied."""
-    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    """Return all floating-point weights and buffers by name, not copied; not those of a network that only selects."""
+    state: dict[str, Tensor] = module.state_dict()
+    return {k: t for k, t in state.items() if t.is_floating_point() and not k.startswith("selection.")}

@@ -96,6 +96,14 @@ BAD_ARGUMENTS = [
         ["fit", "--model.freeze_backbone=1", "--trainer.accelerator=cpu", "--trainer.devices=2"],
         "model.freeze_backbone: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true",
     ),
+    (
+        ["fit", "--model.selection.network=CNN", "--trainer.accelerator=cpu", "--trainer.devices=2"],
+        "model.selection: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true",
+    ),
+    (
+        ["fit", "--model.selection.network=CNN", "--model.selection.share=1"],
+        "model.selection.share: 1.0 is out of range",
+    ),
     (["fit", "--checkpoint.every_n_steps", "0"], "checkpoint.every_n_steps: 0 is out of range: at least 1"),
     (["fit", "--checkpoint.every_n_steps", "-3"], "checkpoint.every_n_steps: -3 is out of range"),
     (["fit", "--checkpoint.every_n_minutes", "0"], "checkpoint.every_n_minutes: 0.0 is out of range: above 0"),

@@ -1,6 +1,7 @@
 """Numbers go wrong: no infinite or undefined one reaches the weights, and the line says where it arose."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
 
-from src.callbacks.guard import MAX_ROLLBACKS
+from src.callbacks.guard import MAX_ROLLBACKS, Guard
 from src.checkpoint_io import read
 from src.cli import main
+from src.errors import Failure
 from src.live.journal import Journal
 from tests.conftest import REPOSITORY
 from tests.faults.breakers import SMALL, STARTS
@@ -319,3 +322,13 @@ def test_a_rollback_within_a_chunk_takes_the_weights_of_the_last_checkpoint(caps
     checkpoint = read(LAST)
     assert checkpoint["global_step"] == 12
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
+
+
+def test_what_is_saved_may_be_huge_or_nothing_but_not_infinite() -> None:
+    trainer, module = pl.Trainer(logger=False, enable_checkpointing=False), pl.LightningModule()
+    for state in ({}, {"count": torch.ones((), dtype=torch.int64)}, {"a": torch.full((9,), 3e38), "b": torch.ones(2)}):
+        Guard().on_save_checkpoint(trainer, module, {"state_dict": state})
+    with pytest.raises(Failure, match="step 0, epoch 1: b is not finite after the step, and was not saved"):
+        Guard().on_save_checkpoint(
+            trainer, module, {"state_dict": {"a": torch.ones(9), "b": torch.tensor([1, -math.inf])}}
+        )

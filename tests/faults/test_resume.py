@@ -69,11 +69,19 @@ RECIPES: dict[str, list[str]] = {
     "lookahead": [ONE_CYCLE],
     "lookahead_accumulated": ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"],
     "early_stopping": ["--trainer.max_epochs=4"],
+    "selection": [
+        "--model.selection.network=CNN",
+        "--model.selection.network.dropout=0.2",
+        "--model.selection.share=0.33",
+        "--model.selection.every=2",
+        "--trainer.accumulate_grad_batches=2",
+    ],
 }
 CALLBACKS: dict[str, list[dict[str, Any]]] = {
     "averaged": [EMA],
     "lookahead": [LOOKAHEAD],
     "lookahead_accumulated": [LOOKAHEAD],
+    "selection": [LOOKAHEAD],
     "early_stopping": [HOPELESS],
 }
 
@@ -110,6 +118,7 @@ STOPS = [
     ("averaged", "val 12"),
     ("lookahead", "sanity, train 3, val 6"),
     ("lookahead_accumulated", "val 1, train 2"),
+    ("selection", "train 2, val 3, train 5"),
     ("early_stopping", "train 3"),
     ("early_stopping", "train 8, val 12"),
 ]

@@ -9,13 +9,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import yaml
 
 from src import checkpoint_io
-from src.checkpoint_io import read
+from src.checkpoint_io import Fixed, read
 from src.cli import main
 from tests.conftest import REPOSITORY
 from tests.faults.breakers import SMALL, Child, refused
@@ -154,7 +155,7 @@ class Slow(pl.Callback):
 
 def fit_while_the_clock_jumps(args: list[str]) -> int:
     """Run a fit while the wall clock jumps by two days, to and fro; print how often and what was saved."""
-    day, now, real_commit = 86_400.0, time.time, checkpoint_io.commit
+    day, now, real_fix = 86_400.0, time.time, checkpoint_io.fix
     jumps: Counter[int] = Counter()
     saved: Counter[str] = Counter()
 
@@ -162,11 +163,11 @@ def fit_while_the_clock_jumps(args: list[str]) -> int:
         jumps[0] += 1
         return now() + (day if jumps[0] % 2 else -day)
 
-    def commit(content: bytes | bytearray, path: Path) -> None:
+    def fix(checkpoint: dict[str, Any], path: Path) -> Fixed:
         saved[path.name] += 1
-        real_commit(content, path)
+        return real_fix(checkpoint, path)
 
-    time.time, checkpoint_io.commit = jumping, commit
+    time.time, checkpoint_io.fix = jumping, fix
     status = main(args)
     print(f"saved {saved['last.ckpt']}; {'jumped' if jumps[0] > 20 else 'did not jump'}")  # noqa: T201
     return status
