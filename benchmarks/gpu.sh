@@ -14,12 +14,12 @@ part() {
     echo "== $1, at most $2 s"
     timeout --kill-after=5 "$2" python -m benchmarks.gpu "$1" --root "$root" --timeout $(($2 - 5)) "${@:3}"
 }
-part time94 150 "$@" || status=1
-part images 75 "$@" || status=1
+part time94 170 "$@" || status=1
+part images 70 "$@" || status=1
 part time96 110 "$@" || status=1
-part live 30 "$@" || status=1
+part live 25 "$@" || status=1
 part user 20 "$@" || status=1
-part sync 90 "$@" & # these two take no times: they may run side by side
-part resume 90 "$@" || status=1
+part sync 80 "$@" & # these two take no times: they may run side by side
+part resume 80 "$@" || status=1
 wait $! || status=1
 exit $status

@@ -89,31 +89,37 @@ class Cutout(Augmentation):
     """Paints a square of one colour over each image (DeVries and Taylor, arXiv 1708.04552).
 
     Args:
-        size: The square's side in pixels, at least 1; it may hang over the border.
+        size: The square's side in pixels, at least 1.
         fill: Its colour, red, green and blue from 0 to 255; by default the mean of CIFAR-10.
+        inside: Whether all of it lies in the image, whose sides are then at least as long; if not, its centre does.
     """
 
-    def __init__(self, size: int = 8, fill: Sequence[int] = (125, 123, 114)) -> None:
+    def __init__(self, size: int = 8, fill: Sequence[int] = (125, 123, 114), inside: bool = False) -> None:
         if size < 1:
             raise ValueError(f"size: {size} is out of range: at least 1 pixel")
         if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
             raise ValueError(f"fill: {list(fill)} is not a colour: three numbers from 0 to 255")
-        self.size = size
+        self.size, self.inside = size, inside
         self._colour = torch.tensor(list(fill), dtype=torch.uint8)
 
     def draw(self, count: int, seed: int, epoch: int) -> Tensor:
-        """Return float32 ``[count, 2]`` in [0, 1): the square's centre as a share of height and width."""
+        """Return float32 ``[count, 2]`` in [0, 1): where the square is, as a share of all places down and across."""
         return torch.rand((count, 2), generator=generator(seed, "cutout", epoch))
 
     def apply(self, pixels: Tensor, draws: Tensor) -> Tensor:
         """Return the batch with a square painted over each image."""
-        inside = []
+        if self.inside and self.size > min(pixels.shape[1:3]):
+            raise ValueError(f"size: {self.size} is out of range: at most the image's side, {min(pixels.shape[1:3])}")
+        covered = []
         for axis in (0, 1):
             length = pixels.shape[1 + axis]
-            first = (draws[:, axis, None] * length).long() - self.size // 2
+            if self.inside:
+                first = (draws[:, axis, None] * (length - self.size + 1)).long()
+            else:
+                first = (draws[:, axis, None] * length).long() - self.size // 2
             offset = torch.arange(length, device=pixels.device) - first
-            inside.append((offset >= 0) & (offset < self.size))
-        square = inside[0][:, :, None] & inside[1][:, None, :]
+            covered.append((offset >= 0) & (offset < self.size))
+        square = covered[0][:, :, None] & covered[1][:, None, :]
         self._colour = self._colour.to(pixels.device)  # copied once: a copy would hold up the host
         return torch.where(square[..., None], self._colour, pixels)
 

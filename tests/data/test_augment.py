@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's name)
 from src.data import Augmentation, CutMix, Cutout, Mixing, MixUp, RandomCrop, RandomFlip, ResidentLoader
 from src.data.loader import Normalize
 
-AUGMENTATIONS = [RandomFlip(), RandomFlip("alternating"), RandomCrop(4), Cutout(8)]
+AUGMENTATIONS = [RandomFlip(), RandomFlip("alternating"), RandomCrop(4), Cutout(8), Cutout(8, inside=True)]
 each_augmentation = pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda a: type(a).__name__)
 each_mixing = pytest.mark.parametrize("mixing", [MixUp(1.0), CutMix(1.0)], ids=lambda m: type(m).__name__)
 
@@ -117,6 +117,23 @@ def test_cutout_paints_one_square_that_may_hang_over_the_border(size: int, row: 
         assert len(rows) == size * size
     assert set(rows) == set(range(max(top, 0), min(top + size, 16)))
     assert set(columns) == set(range(max(left, 0), min(left + size, 10)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 10), row=centre, column=centre)
+def test_cutout_paints_a_whole_square_anywhere_in_the_image_if_asked_to(size: int, row: float, column: float) -> None:
+    black = torch.zeros(1, 16, 10, 3, dtype=torch.uint8)
+    painted = Cutout(size, fill=(1, 2, 3), inside=True).apply(black, torch.tensor([[row, column]]))[0]
+    rows, columns = painted[..., 0].nonzero().T.tolist()
+    assert len(rows) == size * size
+    place = torch.tensor([row, column]) * torch.tensor([17 - size, 11 - size])
+    assert [min(rows), min(columns)] == place.long().tolist()
+    assert (max(rows), max(columns)) == (min(rows) + size - 1, min(columns) + size - 1)
+
+
+def test_a_square_that_is_larger_than_the_image_cannot_lie_inside() -> None:
+    with pytest.raises(ValueError, match="size: 11 is out of range: at most the image's side, 10"):
+        Cutout(11, inside=True).apply(random_pixels(2, 16, 10, 3), torch.rand(2, 2))
 
 
 def test_cutout_paints_each_image_elsewhere_and_keeps_the_rest() -> None:
