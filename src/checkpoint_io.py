@@ -98,12 +98,12 @@ class VerifiedCheckpointIO(CheckpointIO):
         alike: dict[int, list[Path]] = {}
         for path, what in due.items():
             alike.setdefault(id(what), []).append(path)
-        failures: list[Failure] = []
+        failures: list[Exception] = []
         # The last one says how good the best is, which must be there before.
         for paths in sorted(alike.values(), key=lambda paths: any(path.name == "last.ckpt" for path in paths)):
             try:
                 self._write_as(due[paths[0]], paths)
-            except Failure as failure:
+            except Exception as failure:  # the others are written all the same
                 failures.append(failure)
         if failures:
             raise failures[0]
@@ -205,11 +205,11 @@ def pack(fixed: Fixed, path: Path) -> bytes:
         stream = _stream(fixed.gpu)
         stream.wait_event(fixed.copied)
         with torch.cuda.stream(stream):
-            fixed.content = _copied(fixed.content, _fetch)  # lets go of the GPU's memory
-            fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            fetched.record(stream)
-        fetched.synchronize()
-        fixed.copied = None
+            fetched = _copied(fixed.content, _fetch)
+            there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            there.record(stream)
+        there.synchronize()
+        fixed.content, fixed.copied = fetched, None  # only now is the GPU's memory free to be used for something else
     content, buffer = fixed.content, io.BytesIO()
     with _out_of_memory(path):
         torch.save(content, buffer)

@@ -1,5 +1,6 @@
 """Checkpoints meet kills, damage, full disks and strangers: a whole one is always there, and nothing else is read."""
 
+import contextlib
 import copy
 import enum
 import errno
@@ -651,6 +652,37 @@ def test_what_is_fixed_stays_as_it_was(tmp_path: Path) -> None:
     found = read(tmp_path / "x.ckpt")
     assert_same(found, before)
     assert found["state_dict"]._metadata == weights._metadata  # type: ignore[attr-defined]
+
+
+def test_the_memory_of_a_gpu_is_let_go_only_when_the_copy_has_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed: what is called, and when."""
+    calls: list[str] = []
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            calls.append("fetch")
+
+        def synchronize(self) -> None:
+            assert fixed.content is on_gpu, "training could write there"
+            calls.append("arrived")
+
+    class Stream:
+        def wait_event(self, event: Any) -> None:
+            calls.append("copied")
+
+    fixed = fix(tiny(3), tmp_path)
+    on_gpu = fixed.content
+    fixed.gpu, fixed.copied = torch.device("cuda", 0), Event()  # type: ignore[assignment]
+    monkeypatch.setattr(checkpoint_io, "_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for _ in range(2):  # the second time all is on the host
+        (tmp_path / "x.ckpt").write_bytes(pack(fixed, tmp_path))
+        assert_same(read(tmp_path / "x.ckpt"), tiny(3))
+    assert calls == ["copied", "fetch", "arrived"]
+    assert fixed.content is not on_gpu
 
 
 def test_training_waits_for_no_disk_and_what_was_not_begun_when_a_newer_one_came_is_left_out(
