@@ -17,7 +17,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from src.arguments import check_nesting
 from src.errors import Failure, UsageError
+from src.hardware import is_out_of_memory
 
 FORMAT = 2
 """What a checkpoint of this version of the project holds; raised whenever an older one cannot be gone on with."""
@@ -57,9 +58,9 @@ class Manifest(NamedTuple):
 class VerifiedCheckpointIO(CheckpointIO):
     """Lightning's seam: how the Trainer writes and reads checkpoints.
 
-    What is saved is fixed before `save_checkpoint` returns, by a copy that stays on the device. Another thread brings
-    it to the host, packs it, and waits for the disk. Training does not wait, unless there is no file yet under a name
-    and one is still to come: later, what is to be written when a newer one gets its name is left out.
+    What is saved is fixed before `save_checkpoint` returns, by a copy; on a GPU that has room, it stays there. Another
+    thread brings it to the host, packs it, and waits for the disk. Training waits only if the first file of a name is
+    not there yet when the second is saved: later, what is to be written when a newer one gets its name is left out.
     """
 
     def __init__(self) -> None:
@@ -67,13 +68,14 @@ class VerifiedCheckpointIO(CheckpointIO):
         self._pending: deque[Future[None]] = deque()
         self._lock = threading.Lock()
         self._due: dict[Path, Fixed | Path] = {}  # by its name; a path is that of a file that gets a second name
-        self._lost: set[Path] = set()  # what could not be written last time
+        self._begun: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begin to write a checkpoint; a failure is raised by `wait`, or here when a later one is begun."""
         fixed = fix(checkpoint, Path(path))
-        if self._pending and not Path(path).exists():
+        if Path(path) in self._begun and not Path(path).exists():
             self.wait()
+        self._begun.add(Path(path))
         self._begin(Path(path), fixed)
 
     def save_again(self, path: Path, other: Path) -> None:
@@ -92,34 +94,30 @@ class VerifiedCheckpointIO(CheckpointIO):
         self._pending.append(self._writer.submit(self._write))
 
     def _write(self) -> None:
-        """Write all that is due."""
+        """Write all that is due; from what fails on, it is due again."""
         with self._lock:
             due, self._due = self._due, {}
-        alike: dict[int, list[Path]] = {}
-        for path, what in due.items():
-            alike.setdefault(id(what), []).append(path)
-        failures: list[Exception] = []
-        # The last one says how good the best is, which must be there before.
-        for paths in sorted(alike.values(), key=lambda paths: any(path.name == "last.ckpt" for path in paths)):
-            try:
-                self._write_as(due[paths[0]], paths)
-            except Exception as failure:  # the others are written all the same
-                failures.append(failure)
-        if failures:
-            raise failures[0]
-
-    def _write_as(self, what: "Fixed | Path", paths: list[Path]) -> None:
-        """Write a checkpoint under some names."""
-        if isinstance(what, Path):
-            first, others = what, paths
-        else:
-            first, *others = paths
-            self._lost.add(first)
-            commit(pack(what, first), first)
-            self._lost.discard(first)
-        for other in others:
-            if first not in self._lost:  # else there is an older one, under that name
-                _link(first, other)
+        try:
+            while due:
+                # last.ckpt says how good the best is, which must be there before.
+                last = next((path for path in due if path.name == "last.ckpt"), Path())
+                path = min(due, key=lambda path: (due[path] is due.get(last), path != last))
+                what = due[path]
+                names = [name for name in due if due[name] is what and name != path]
+                if isinstance(what, Path):
+                    _link(what, path)
+                else:
+                    commit(pack(what, path), path)
+                for name in names:
+                    _link(path, name)
+                for name in (path, *names):
+                    del due[name]
+                del what  # it takes memory
+        except BaseException:
+            with self._lock:
+                waiting = {p: due.get(w, w) if isinstance(w, Path) else w for p, w in self._due.items()}
+                self._due = due | waiting
+            raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; see `read`. Nothing but plain values and tensors is ever unpickled."""
@@ -137,8 +135,10 @@ class VerifiedCheckpointIO(CheckpointIO):
         Raises:
             Failure: If one could not be written.
         """
-        while self._pending:
-            self._pending.popleft().result()
+        failures = [failure for future in self._pending if (failure := future.exception()) is not None]
+        self._pending.clear()
+        if failures:
+            raise failures[0]
 
     def teardown(self) -> None:
         """Wait until all is written."""
@@ -175,7 +175,8 @@ def fix(checkpoint: dict[str, Any], path: Path) -> Fixed:
     Raises:
         Failure: If it holds more than plain values and tensors, or memory is used up.
     """
-    gpu, size = None, 0
+    gpus: list[torch.device] = []
+    size = 0
     for key, value in leaves(checkpoint):
         if type(value) not in _PLAIN:
             raise Failure(
@@ -183,16 +184,21 @@ def fix(checkpoint: dict[str, Any], path: Path) -> Fixed:
                 f"a checkpoint holds plain values and tensors only"
             )
         if isinstance(value, Tensor) and value.is_cuda:
-            gpu, size = value.device, size + value.nbytes
-    if gpu is not None and not _has_room(gpu, 4 * size):  # one on its way, two that are due, and this
-        gpu = None
-    with _out_of_memory(path):
-        content = _copied(checkpoint, lambda tensor: _clone(tensor, stays=gpu is not None))
-    if gpu is None:
-        return Fixed(content)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(gpu))
-    return Fixed(content, gpu, copied)
+            gpus.append(value.device)
+            size += value.nbytes
+    with torch.inference_mode(False):  # what a validation saves is to be a tensor like others
+        if len(set(gpus)) == 1 and _has_room(gpus[0], 4 * size):  # one on its way, two that are due, and this
+            with suppress(torch.OutOfMemoryError):
+                content = _copied(checkpoint, lambda tensor: tensor.clone())
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record(torch.cuda.current_stream(gpus[0]))
+                return Fixed(content, gpus[0], copied)
+        try:
+            return Fixed(_copied(checkpoint, lambda tensor: tensor.cpu() if tensor.is_cuda else tensor.clone()))
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise Failure(f"{path} could not be written: out of memory") from error
+            raise
 
 
 def pack(fixed: Fixed, path: Path) -> bytes:
@@ -211,7 +217,7 @@ def pack(fixed: Fixed, path: Path) -> bytes:
         there.synchronize()
         fixed.content, fixed.copied = fetched, None  # only now is the GPU's memory free to be used for something else
     content, buffer = fixed.content, io.BytesIO()
-    with _out_of_memory(path):
+    try:
         torch.save(content, buffer)
         head = f'{{"format": {FORMAT}, "epoch": {content["epoch"]}, "step": {content["global_step"]}, "sha256": "'
         buffer.seek(-2, os.SEEK_END)
@@ -222,10 +228,12 @@ def pack(fixed: Fixed, path: Path) -> bytes:
             digest = hashlib.sha256(packed).hexdigest()
         buffer.write(f'{digest}"}}'.encode())
         return buffer.getvalue()
+    except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
+        raise Failure(f"{path} could not be written: out of memory") from error
 
 
 def _has_room(gpu: torch.device, size: int) -> bool:
-    """Return whether a GPU has so many bytes to spare also in the middle of a step."""
+    """Return whether a GPU has so many bytes to spare, in the middle of a step too, going by the steps until now."""
     free, _ = torch.cuda.mem_get_info(gpu)
     return free + torch.cuda.memory_reserved(gpu) - torch.cuda.max_memory_allocated(gpu) > size
 
@@ -253,24 +261,15 @@ def _copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
     return new
 
 
-def _clone(tensor: Tensor, stays: bool) -> Tensor:
-    """Copy a tensor; to the host if it is on another device and does not stay there."""
-    return tensor.clone() if tensor.device.type == "cpu" or (stays and tensor.is_cuda) else tensor.cpu()
-
-
 def _fetch(tensor: Tensor) -> Tensor:
     """Begin to copy a tensor of a GPU to the host."""
     if not tensor.is_cuda:
         return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-@contextmanager
-def _out_of_memory(path: Path) -> Iterator[None]:
     try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        raise Failure(f"{path} could not be written: out of memory") from error
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:  # no more memory can be pinned
+        host = torch.empty_like(tensor, device="cpu")
+    return host.copy_(tensor, non_blocking=True)
 
 
 def commit(content: bytes | bytearray, path: Path) -> None:

@@ -46,7 +46,7 @@ class ImageClassifier(pl.LightningModule):
         tta: The views of an image that are averaged in validation, test and prediction: ``one``, the image itself;
             ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides.
         compile: Train a network that ``torch.compile`` has made faster, in this mode (``reduce-overhead``: by CUDA
-            graphs); null does without. It pays in long runs on a GPU; what it costs at the first step is printed.
+            graphs); null does without. It pays in long runs on a GPU; what it costs at the first steps is printed.
         selection: Learn the hardest images of each batch alone; null learns all. ``train/loss`` and ``train/acc`` are
             then those of the images that are learned.
         channels_last: Keep weights and activations in NHWC order, which convolutions on most devices are faster in.

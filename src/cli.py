@@ -32,7 +32,7 @@ from src.callbacks.console import progress_callback
 from src.callbacks.curves import Curves
 from src.callbacks.feeding import Feeding
 from src.callbacks.guard import Guard
-from src.callbacks.memory import Memory, is_out_of_memory
+from src.callbacks.memory import Memory
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
 from src.callbacks.publish import Publish
@@ -45,7 +45,14 @@ from src.checkpoint_io import TRUSTED, VerifiedCheckpointIO, class_paths, leaves
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError, refuse
-from src.hardware import default_precision, describe, device_type, keep_pages, refuse_precision
+from src.hardware import (
+    default_precision,
+    describe,
+    device_type,
+    is_out_of_memory,
+    keep_pages,
+    refuse_precision,
+)  # fmt: skip
 from src.live.replay import replayed
 from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, explain, full_key
@@ -372,7 +379,7 @@ class CLI(LightningCLI):
             for network in self.model.networks.values():
                 try:
                     with torch.no_grad():
-                        network.eval()(torch.zeros(1, 3, size, size))
+                        network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
                 except RuntimeError as error:
                     raise UsageError(f"data.small_size: the network takes no images of {size} pixels") from error
                 network.train()

@@ -62,6 +62,14 @@ def give_pages_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory, of a GPU or of this machine, is used up."""
+    said = ("can't allocate memory", "could not create a primitive", "CUDA error: out of memory")  # torch, oneDNN, CUDA
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
 def describe(device: str) -> str:
     """Return a device in a few words."""
     if device == "cuda":

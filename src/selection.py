@@ -18,7 +18,7 @@ class Selection(nn.Module):
     """Leaves out the images of each batch that are known well enough, so that a step takes less time.
 
     The proxy sees all images of a batch, and is trained beside the network, by the same optimizer, on what it chooses.
-    A batch whose images are shared out among devices is chosen from on each of them.
+    A batch whose images are shared out among devices is chosen from on each of them; so is the mean by their weights.
 
     Args:
         network: The proxy: maps images ``[b, 3, h, w]`` to logits ``[b, num_classes]``, and is small.
@@ -38,6 +38,10 @@ class Selection(nn.Module):
         """Return whether the proxy learns in a step: a function of the clock alone, true in the first."""
         return step % self.every == 0
 
+    def count(self, images: int) -> int:
+        """Return how many of some images are learned: at least one."""
+        return max(1, math.ceil(round(self.share * images, 9)))  # 0.55 of 100 is 55, though not as floats
+
     def forward(
         self, images: Tensor, labels: Tensor, weights: Tensor | None, *, label_smoothing: float, learns: bool
     ) -> tuple[Tensor, Tensor]:
@@ -56,9 +60,8 @@ class Selection(nn.Module):
         with torch.set_grad_enabled(learns):
             logits = self.network(images).float()
             losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
-            count = math.ceil(round(self.share * len(losses), 9))  # 0.55 of 100 is 55, though not as floats
             ranked = losses.detach() if weights is None else losses.detach() * weights
-            hardest = ranked.topk(count, sorted=False).indices
+            hardest = ranked.topk(self.count(len(losses)), sorted=False).indices
             chosen = None if weights is None else weights.index_select(0, hardest)
             return hardest, weighted_mean(losses.index_select(0, hardest), chosen)
 

@@ -3,9 +3,9 @@
     tensorboard --logdir lightning_logs
 
 What is written is decided by the step, never by the wall clock, so that equal runs write equal curves: a point for
-every `log_every_n_steps` optimizer steps, the mean over all images since the last point, over all ranks. The hot path
-only keeps references to losses and logits on the device; they are summed when a point is due, and on a GPU read one
-point late.
+every `log_every_n_steps` optimizer steps, the mean over all images learned since the last point, over all ranks. The
+hot path only keeps references to losses and logits on the device; they are summed when a point is due, and on a GPU
+read one point late.
 """
 
 import time
@@ -56,7 +56,7 @@ class Sums:
 
     Attributes:
         sums: Of this rank's images that were learned: loss, hits and their number, ``[3]`` on the device; none before
-            the first. All are exact, whenever they are summed.
+            the first. In float64 they are exact, whenever they are summed.
         images: Images that were drawn, over all ranks.
     """
 

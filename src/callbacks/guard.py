@@ -246,7 +246,7 @@ def first_nonfinite(model: ImageClassifier, batches: list[Batch]) -> tuple[str, 
         for batch in (b for b in batches if len(b.images)):
             if not batch.images.isfinite().all():
                 return "an image of the batch is not finite", batch
-            for network in networks.values():
+            for network in reversed(networks.values()):  # the proxy comes first in a step
                 network(batch.images)
             if found:
                 return f"layer {found[0]} gives a non-finite output", batch

@@ -8,7 +8,7 @@ import torch
 
 from src.classifier import ImageClassifier
 from src.data.loader import Batch
-from src.hardware import give_pages_back
+from src.hardware import give_pages_back, is_out_of_memory
 
 
 class Memory(pl.Callback):
@@ -48,20 +48,13 @@ class Memory(pl.Callback):
                 traceback.clear_frames(error.__traceback__)
                 continue
             times = -(-total // size)
+            same = "takes the same steps" if pl_module.selection is None else "chooses from each part of a batch"
             exception.add_note(
                 f"with data.batch_size {total}; {size} fits: --data.batch_size {size} "
-                f"--trainer.accumulate_grad_batches {times} takes the same steps"
+                f"--trainer.accumulate_grad_batches {times} {same}"
             )
             return
         exception.add_note(f"with data.batch_size {total}, and with a single image too: the network is too large")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory, of a GPU or of this machine, is used up."""
-    said = ("can't allocate memory", "could not create a primitive")  # by torch, by oneDNN
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
 
 
 def _step(trainer: pl.Trainer, module: ImageClassifier, shape: tuple[int, ...]) -> Any:
@@ -71,7 +64,11 @@ def _step(trainer: pl.Trainer, module: ImageClassifier, shape: tuple[int, ...]) 
     ballast = [torch.zeros_like(p) for p in module.parameters() for _ in range(4)]  # optimizer and checkpoint
     images = torch.zeros(shape, device=module.device).to(memory_format=torch.channels_last)
     with trainer.precision_plugin.forward_context():
-        loss = module(images).float().sum()
+        if module.selection is None:
+            loss = module(images).float().sum()
+        else:
+            learned = images[: module.selection.count(len(images))]
+            loss = module(learned).float().sum() + module.selection.network(images).float().sum()
     loss.backward()
     module.zero_grad(set_to_none=True)
     del ballast
