@@ -27,7 +27,7 @@ class Memory(pl.Callback):
             self._batch = tuple(batch.images.shape), batch.total
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Try halves of the batch, forward and backward."""
+        """Try halves of the batch, the smallest first, forward and backward."""
         if not is_out_of_memory(exception) or trainer.world_size > 1:
             return
         if trainer.validating or trainer.sanity_checking:
@@ -40,21 +40,23 @@ class Memory(pl.Callback):
         traceback.clear_frames(exception.__traceback__)  # they hold what does not fit
         (size, *shape), total = self._batch
         trainer.optimizers[0].zero_grad(set_to_none=True)
-        while size > 1:
-            size //= 2
+        halves = [size // 2**i for i in range(1, size.bit_length())]
+        fits = 0
+        for half in reversed(halves):  # the smallest first: one that fails may leave oneDNN unable to do any
             try:
-                _step(trainer, pl_module, (size, *shape))
+                _step(trainer, pl_module, (half, *shape))
             except RuntimeError as error:  # libraries below torch have words of their own for it
                 traceback.clear_frames(error.__traceback__)
-                continue
-            times = -(-total // size)
-            same = "takes the same steps" if pl_module.selection is None else "chooses from each part of a batch"
-            exception.add_note(
-                f"with data.batch_size {total}; {size} fits: --data.batch_size {size} "
-                f"--trainer.accumulate_grad_batches {times} {same}"
-            )
+                break
+            fits = half
+        if not fits:
+            exception.add_note(f"with data.batch_size {total}, and with a single image too: the network is too large")
             return
-        exception.add_note(f"with data.batch_size {total}, and with a single image too: the network is too large")
+        same = "takes the same steps" if pl_module.selection is None else "chooses from each part of a batch"
+        exception.add_note(
+            f"with data.batch_size {total}; {fits} fits: --data.batch_size {fits} "
+            f"--trainer.accumulate_grad_batches {-(-total // fits)} {same}"
+        )
 
 
 def _step(trainer: pl.Trainer, module: ImageClassifier, shape: tuple[int, ...]) -> Any:

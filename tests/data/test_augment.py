@@ -112,7 +112,7 @@ def test_cutout_paints_one_square_that_may_hang_over_the_border(size: int, row: 
     assert 1 <= len(rows) <= size * size
     assert len(rows) == len(set(rows)) * len(set(columns))
     assert painted[rows, columns].tolist() == [[1, 2, 3]] * len(rows)
-    top, left = int(row * 16) - size // 2, int(column * 10) - size // 2
+    top, left = ((torch.tensor([row, column]) * torch.tensor([16, 10])).long() - size // 2).tolist()
     if top >= 0 and left >= 0 and top + size <= 16 and left + size <= 10:
         assert len(rows) == size * size
     assert set(rows) == set(range(max(top, 0), min(top + size, 16)))
