@@ -31,6 +31,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.paired import ROOT
 from src.checkpoint_io import verify
 from src.data import Batch
 from src.live.journal import Journal
@@ -119,7 +120,7 @@ class Process:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "src", "fit", "--config", "soak.yaml", *resume],
                 cwd=folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
