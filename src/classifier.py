@@ -244,18 +244,17 @@ class ImageClassifier(pl.LightningModule):
         return {"loss": mean if share == 1 else mean * share, "mean": mean.detach(), "logits": kept}
 
     def _learn_hardest(self, batch: Batch, selection: Selection, share: float) -> dict[str, Tensor]:
-        learns = self.proxy_learns
         given = self._layout(batch.images), batch.labels, batch.weights
-        rows, of_proxy = selection(*given, label_smoothing=self.label_smoothing, learns=learns)
+        rows, of_proxy = selection(*given, label_smoothing=self.label_smoothing, learns=self.proxy_learns)
         # Row by row in the order that they lie in: chosen otherwise they would come in another layout.
         images = batch.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
         labels = batch.labels.index_select(0, rows)
         logits = self._trained[0](self._layout(images)).float()
         losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
         weights = None if batch.weights is None else batch.weights.index_select(0, rows)
-        loss = weighted_mean(losses, weights) * share
-        if learns:
-            loss = loss + of_proxy * share
+        loss = (
+            weighted_mean(losses, weights) + of_proxy
+        ) * share  # of a proxy that only chooses, a number: it may be nan
         measured = {"mean": losses.detach().mean(), "logits": logits.detach().clone(), "labels": labels}
         return {"loss": loss, **measured}
 

@@ -18,6 +18,8 @@ class Selection(nn.Module):
     """Leaves out the images of each batch that are known well enough, so that a step takes less time.
 
     The proxy sees all images of a batch, and is trained beside the network, by the same optimizer, on what it chooses.
+    It is for long runs: as long as little has been learned, the hardest images are not those that teach most, and a
+    network that sees no others may not begin to learn at all, the less so the more seldom the proxy learns.
     A batch whose images are shared out among devices is chosen from on each of them; so is the mean by their weights.
 
     Args:
@@ -26,7 +28,7 @@ class Selection(nn.Module):
         every: Optimizer steps from one in which the proxy learns to the next, at least 1; else it only chooses.
     """
 
-    def __init__(self, network: Network, share: float = 0.5, every: int = 4) -> None:
+    def __init__(self, network: Network, share: float = 0.5, every: int = 1) -> None:
         super().__init__()
         if not 0 < share < 1:
             raise ValueError(f"share: {share} is out of range: above 0, below 1")

@@ -118,6 +118,11 @@ def test_what_is_steered_makes_a_recording_of_its_own_and_the_lr_does_not(record
     assert recorder.recorded == 3
 
 
+def test_steps_in_which_the_proxy_only_chooses_have_a_recording_of_their_own(recorder: Again, tmp_path: Path) -> None:
+    fit(tmp_path, *WAYS["selected"], "--cuda_graph=true")
+    assert recorder.recorded == 2
+
+
 @pytest.mark.usefixtures("recorder")
 def test_a_spoilt_step_ends_the_fit_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lr = "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 1.0e+30, fused: true}}"

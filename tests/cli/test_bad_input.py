@@ -97,7 +97,13 @@ BAD_ARGUMENTS = [
         "model.freeze_backbone: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true",
     ),
     (
-        ["fit", "--model.selection.network=CNN", "--trainer.accelerator=cpu", "--trainer.devices=2"],
+        [
+            "fit",
+            "--model.selection.network=CNN",
+            "--model.selection.every=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=2",
+        ],
         "model.selection: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true",
     ),
     (
