@@ -86,13 +86,14 @@ class Publish(pl.Callback):
                 ema = averaged.network.state_dict()
         self.publisher.publish(pl_module.network.state_dict(), self._step, trainer.current_epoch, ema)
         if self.publisher.failure is not None:
-            self._say(self.publisher.failure)
             self._close()
 
     def _say(self, why: str) -> None:
-        sys.stderr.write(f"warning: the weights are not published any more: {why}; training goes on\n")
+        sys.stderr.write(f"warning: the weights are not published any more: {why}; training is not affected\n")
 
     def _close(self) -> None:
         if self.publisher is not None:
-            self.publisher.close()
-            self.publisher = None
+            publisher, self.publisher = self.publisher, None
+            publisher.close()  # waits for what is under way, so that a failure is told however short the run
+            if publisher.failure is not None:
+                self._say(publisher.failure)

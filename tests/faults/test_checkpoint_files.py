@@ -270,9 +270,22 @@ def fit_with_small_files(arguments: list[str], limit: int) -> int:
 
 
 def test_a_file_that_may_not_be_so_large_ends_the_fit_in_one_line(tmp_path: Path) -> None:
-    done = Child(fit_with_small_files, ["fit", *FIT], 3_000_000, cwd=tmp_path).wait()
+    arguments = ["fit", *FIT, "--publish_every_n_steps=null"]  # else these files may be too large as well
+    done = Child(fit_with_small_files, arguments, 3_000_000, cwd=tmp_path).wait()
     assert ".ckpt could not be written (File too large)" in refused(done)
     assert list((tmp_path / "lightning_logs/version_0/checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("every", [1, 10])  # told in the course of 8 steps, or at their end
+def test_weights_that_cannot_be_published_are_told_of_once_and_training_is_not_affected(
+    tmp_path: Path, every: int
+) -> None:
+    arguments = ["fit", *FIT, "--trainer.enable_checkpointing=false", f"--publish_every_n_steps={every}"]
+    done = Child(fit_with_small_files, arguments, 1_000_000, cwd=tmp_path).wait()
+    assert done.status == 0, done
+    (line,) = done.err.splitlines()
+    assert line.startswith("warning: the weights are not published any more: ")
+    assert line.endswith("cannot be written to (File too large); training is not affected")
 
 
 def test_a_checkpoint_of_another_format_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
