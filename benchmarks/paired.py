@@ -76,10 +76,11 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
 
     Returns:
         ``process seconds`` from start to exit, ``processor seconds`` of all its threads, ``peak MB`` of memory, and
-        what the last line of its output says, if that is JSON.
+        what the last line in JSON of its output says, if there is one; also ``broken off``, and why, if it failed
+        afterwards.
 
     Raises:
-        MissingError: If it fails, or takes too long and has not told anything in JSON until then; says why in its own
+        MissingError: If it fails or takes too long, and has not told anything in JSON until then; says why in its own
             last line.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -122,11 +123,15 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
             file.seek(0)
             texts.append(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.read().decode(errors="replace")))
     told = [line for line in texts[0].splitlines() if line.startswith("{")]
+    failure = {}
     if child.returncode != 0 and not (late and told):
         lines = [line.strip() for line in (texts[1] or texts[0]).splitlines() if line.strip()]
-        print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
-        raise MissingError(f"took over {timeout:g} s" if late else lines[-1] if lines else f"exit {child.returncode}")
-    return {
+        print("\n".join(lines[-80:]), file=sys.stderr, flush=True)
+        reason = f"took over {timeout:g} s" if late else lines[-1] if lines else f"exit {child.returncode}"
+        if not told:
+            raise MissingError(reason)
+        failure = {"broken off": reason}
+    return failure | {
         "process seconds": seconds,
         "processor seconds": usage.ru_utime + usage.ru_stime,
         "peak MB": usage.ru_maxrss / 1024,
@@ -244,11 +249,16 @@ def header(what: str, threads: int, n: int) -> dict[str, Any]:
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or gpu
+    commit = ""
+    if shutil.which("git"):
+        query = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(query, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     packages = ("torch", "torchvision", "lightning", "numpy")
     return {
         "what": what,
         "how": " ".join(["python", *sys.orig_argv[1:]]),
         "n": n,
+        "commit": commit or "unknown",
         "date": datetime.date.today().isoformat(),
         "cpu": f"{model[1] if model else platform.processor()}, {CORES} of {os.cpu_count()} cores",
         "units": [unit for unit in units if flags and unit in flags[1].split()],

@@ -44,7 +44,8 @@ class ImageClassifier(pl.LightningModule):
         freeze_backbone: Epochs, from the first, in which only the network's head trains; 0 trains all from the start.
         backbone_lr: Peak lr of all layers but the head, above 0; null gives them the optimizer's lr.
         tta: The views of an image that are averaged in validation, test and prediction: ``one``, the image itself;
-            ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides.
+            ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides; ``six_if_unsure``,
+            these six where the first leaves a doubt.
         compile: Train a network that ``torch.compile`` has made faster, in this mode (``reduce-overhead``: by CUDA
             graphs); null does without. It pays in long runs on a GPU; what it costs at the first steps is printed.
         selection: Learn the hardest images of each batch alone; null learns all. ``train/loss`` and ``train/acc`` are
@@ -135,7 +136,7 @@ class ImageClassifier(pl.LightningModule):
         if self.trainer.ckpt_path is None:
             for network in self.networks.values():
                 if type(network).initialize is not Network.initialize:
-                    network.initialize(self.trainer.datamodule.sample(5000).to(self.device))  # type: ignore[attr-defined]
+                    network.initialize(self.trainer.datamodule.sample(5000))  # type: ignore[attr-defined]
                 network.load_pretrained()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ or of its images, a steered momentum, a layer that is frozen) makes a recording 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -167,8 +167,11 @@ class Recorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 done = body()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that it was broken off, which is no news
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return done, graph.replay
 
 

@@ -12,7 +12,7 @@ def pixel(images: Tensor) -> Tensor:
     return images[:, :, 1, 1]
 
 
-@pytest.mark.parametrize("views", ["one", "mirror", "six"])
+@pytest.mark.parametrize("views", ["one", "mirror", "six", "six_if_unsure"])
 def test_a_network_that_does_not_look_at_places_says_the_same(views: Views) -> None:
     images = torch.full((2, 3, 8, 8), 0.5)
     torch.testing.assert_close(average_views(lambda x: x.mean((2, 3)), images, views), images.mean((2, 3)))
@@ -32,3 +32,30 @@ def test_the_views_are_the_mirror_pair_and_its_shifts_by_a_pixel() -> None:
     lower_right = (images[:, :, 2, 2] + images[:, :, 2, 4]) / 2
     expected = 0.5 * pair(1, 1) + 0.25 * (upper_left + lower_right)
     torch.testing.assert_close(average_views(pixel, images, "six"), expected)
+
+
+@pytest.mark.parametrize("unsure", [[], [1], [0, 3, 4, 6], list(range(7))])
+def test_only_an_image_of_which_the_first_view_is_unsure_is_looked_at_again(unsure: list[int]) -> None:
+    images = torch.randn(7, 3, 5, 5)
+    images[:, 0, 1, 1] = images[:, 1:, 1, 1].max(1).values + 2.5  # class 0 is ahead of the next by 2.5
+    images[unsure, 0, 1, 1] -= 1
+    given = images.clone()
+    found = average_views(pixel, images, "six_if_unsure")
+    expected = average_views(pixel, images, "one").clone()
+    expected[unsure] = average_views(pixel, images, "six")[unsure]
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(images, given)
+    for i in range(7):  # what else is in the batch does not matter
+        torch.testing.assert_close(average_views(pixel, images[i : i + 1], "six_if_unsure")[0], found[i])
+
+
+def test_the_unsure_are_looked_at_in_batches_of_few_sizes() -> None:
+    sizes: set[int] = set()
+
+    def network(images: Tensor) -> Tensor:
+        sizes.add(len(images))
+        return pixel(images)
+
+    for seed in range(100):
+        average_views(network, torch.randn(40, 3, 5, 5, generator=torch.Generator().manual_seed(seed)), "six_if_unsure")
+    assert sizes <= {5, 10, 15, 20, 25, 30, 35, 40}

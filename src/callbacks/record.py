@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from filelock import FileLock, Timeout
@@ -12,11 +12,11 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from src.errors import Failure
+
+if TYPE_CHECKING:  # TensorBoard is imported where it is used: the help does without
+    from torch.utils.tensorboard import SummaryWriter
 
 _THICK, _HELD = 0.05, 0.25
 """Points come thick if they are less than so many seconds apart; they are then written together, once so many seconds
@@ -49,7 +49,7 @@ class RunLogger(TensorBoardLogger):
         return self._get_next_version() if self._version is None else self._version
 
     @property
-    def experiment(self) -> SummaryWriter:
+    def experiment(self) -> "SummaryWriter":
         """TensorBoard's writer; to ask for it is to take the folder."""
         if _get_rank() in (0, None) and self._lock is None:
             self._take_folder()
@@ -94,6 +94,8 @@ class RunLogger(TensorBoardLogger):
         self._logged = now
 
     def _write(self, now: float) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         self._wrote = now
         held, self._held = self._held, []
         for metrics, step, wall_time in held:
@@ -167,6 +169,8 @@ class RunRecord(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the hyper-parameters in TensorBoard; the last points of the curves stand beside them as results."""
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            from torch.utils.tensorboard.summary import hparams
+
             curves = ["val/acc", "val/loss"] if trainer.enable_validation else ["train/acc", "train/loss"]
             writer = trainer.logger.experiment._get_file_writer()
             for summary in hparams(flatten(self.config.as_dict()), dict.fromkeys(curves, 0.0)):  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """The data sets, their order, and what happens to their images on the way to the network."""
 
-from src.data.augment import Augmentation, CutMix, Cutout, Mixing, MixUp, RandomCrop, RandomFlip
+from src.data.augment import Augmentation, ColorJitter, CutMix, Cutout, Mixing, MixUp, RandomCrop, RandomFlip
 from src.data.cifar10 import CIFAR10
 from src.data.loader import Batch, ResidentLoader
 from src.data.module import ImageData
@@ -10,6 +10,7 @@ __all__ = [
     "CIFAR10",
     "Augmentation",
     "Batch",
+    "ColorJitter",
     "CutMix",
     "Cutout",
     "ImageData",

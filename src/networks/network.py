@@ -34,7 +34,8 @@ class Network(nn.Module):
         """Set weights by what the images are like. Called once, at the start of a fit from scratch.
 
         Args:
-            images: The first 5,000 images of the train split, or fewer, as the network is given them.
+            images: The first 5,000 images of the train split, or fewer, as the network is given them. They are on the
+                device of the fit already, the weights may not be.
         """
 
     def remark(self, device: str) -> str:

@@ -87,7 +87,7 @@ class WhitenedCNN(Network):
         """Set the filters of the first layer to the eigenvectors of the patches' covariance, and their negatives."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
         covariance = patches.T @ patches / len(patches)
-        values, vectors = torch.linalg.eigh(covariance.double())
+        values, vectors = torch.linalg.eigh(covariance.cpu().double())  # of 12x12: a GPU would be slower
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2)
         with torch.no_grad():
             self.whiten.weight.copy_(torch.cat([filters, -filters]))

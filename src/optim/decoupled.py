@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from src.optim.bounds import BOUNDS
+from src.optim.groups import as_groups
 
 
 class DecoupledSGD(torch.optim.SGD):
@@ -53,7 +54,7 @@ class DecoupledSGD(torch.optim.SGD):
             raise ValueError(f"batch_size: {batch_size} is out of range: at least 1 image")
         scale = batch_size / (1024 * (1 + 1 / (1 - momentum)))
         groups = []
-        for given in _as_groups(params):
+        for given in as_groups(params):
             for kind, factor in (("weights", 1.0), ("biases", bias_factor)):
                 members = [p for p in given["params"] if (p.ndim < 2) == (kind == "biases")]
                 group_lr = factor * given.get("lr", lr)
@@ -68,8 +69,3 @@ class DecoupledSGD(torch.optim.SGD):
                         }
                     )
         super().__init__(groups, lr=scale * lr, momentum=momentum, nesterov=momentum > 0, fused=fused or None)
-
-
-def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    given = list(params)
-    return given if given and isinstance(given[0], dict) else [{"params": given}]

@@ -2,8 +2,8 @@
 
     python -m src fit --config configs/speed94.yaml
 
-After K. Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024), as their CIFAR-10 speed-runs
-(airbench94_muon) use it.
+After K. Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024,
+https://kellerjordan.github.io/posts/muon), as their CIFAR-10 speed-runs (airbench94_muon) use it.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from src.optim.groups import as_groups
+
 
 class Muon(Optimizer):
     """Muon for the weights of convolutions; Nesterov SGD for the head's matrix and for vectors (biases).
@@ -21,7 +23,8 @@ class Muon(Optimizer):
     semi-orthogonal matrix to its Nesterov momentum, so its size is the lr alone, whatever the loss is scaled by.
 
     Args:
-        params: Parameters or groups of them, as every optimizer takes them.
+        params: Parameters or groups of them, as every optimizer takes them. A group may have an lr of its own, for its
+            convolutions; the lrs of its matrices and vectors are changed in proportion.
         lr: For convolutions, at least 0.
         momentum: For convolutions, in [0, 1).
         head_lr: Lr of matrices (linear layers), of the mean loss.
@@ -48,23 +51,23 @@ class Muon(Optimizer):
         for name, value in (("head_lr", head_lr), ("bias_lr", bias_lr)):
             if not value >= 0:
                 raise ValueError(f"{name}: {value} is out of range: at least 0")
-        given = list(params)
-        weights = [p for g in given for p in (g["params"] if isinstance(g, dict) else [g])]
-        decay = weight_decay
         groups = []
-        for kind, own_lr in (("filters", lr), ("matrices", head_lr), ("vectors", bias_lr)):
-            members = [p for p in weights if _kind(p) == kind]
-            muon = kind == "filters"
-            if members:
-                groups.append(
-                    {
-                        "params": members,
-                        "name": kind,
-                        "lr": own_lr,
-                        "momentum": momentum if muon else sgd_momentum,
-                        "weight_decay": 0.0 if muon or not own_lr else decay / own_lr,
-                    }
-                )
+        for given in as_groups(params):
+            own = given.get("lr", lr)
+            scale = own / lr if lr else 1.0
+            for kind, peak in (("filters", own), ("matrices", scale * head_lr), ("vectors", scale * bias_lr)):
+                members = [p for p in given["params"] if _kind(p) == kind]
+                muon = kind == "filters"
+                if members:
+                    groups.append(
+                        {
+                            "params": members,
+                            "name": f"{given['name']}_{kind}" if "name" in given else kind,
+                            "lr": peak,
+                            "momentum": momentum if muon else sgd_momentum,
+                            "weight_decay": 0.0 if muon or not peak else weight_decay / peak,
+                        }
+                    )
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "ns_steps": ns_steps})
 
     @torch.no_grad()
@@ -88,7 +91,7 @@ class Muon(Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
             updates = list(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
-            if group["name"] == "filters":
+            if group["name"].endswith("filters"):
                 for p in members:
                     p.mul_(len(p) ** 0.5 / p.norm())
                 updates = _directions(updates, group["ns_steps"])

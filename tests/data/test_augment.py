@@ -9,10 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
-from src.data import Augmentation, CutMix, Cutout, Mixing, MixUp, RandomCrop, RandomFlip, ResidentLoader
+from src.data import Augmentation, ColorJitter, CutMix, Cutout, Mixing, MixUp, RandomCrop, RandomFlip, ResidentLoader
 from src.data.loader import Normalize
 
-AUGMENTATIONS = [RandomFlip(), RandomFlip("alternating"), RandomCrop(4), Cutout(8), Cutout(8, inside=True)]
+AUGMENTATIONS = [
+    RandomFlip(),
+    RandomFlip("alternating"),
+    RandomCrop(4),
+    Cutout(8),
+    Cutout(8, inside=True),
+    ColorJitter(),
+]
 each_augmentation = pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda a: type(a).__name__)
 each_mixing = pytest.mark.parametrize("mixing", [MixUp(1.0), CutMix(1.0)], ids=lambda m: type(m).__name__)
 
@@ -45,6 +52,11 @@ def test_draws_have_a_row_for_each_image_and_use_their_whole_range() -> None:
     assert (centres.dtype, centres.shape) == (torch.float32, (10_000, 2))
     assert 0 <= float(centres.min()) < 0.01
     assert 0.99 < float(centres.max()) < 1
+
+    factors = ColorJitter(0.2, 0.5).draw(10_000, 0, 0)
+    assert (factors.dtype, factors.shape) == (torch.float32, (10_000, 2))
+    torch.testing.assert_close(factors.amin(0), torch.tensor([0.8, 0.5]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(factors.amax(0), torch.tensor([1.2, 1.5]), atol=1e-3, rtol=0)
 
 
 @each_augmentation
@@ -145,6 +157,27 @@ def test_cutout_paints_each_image_elsewhere_and_keeps_the_rest() -> None:
     assert torch.equal(painted, expected)
 
 
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ((1.0, 1.0), [0, 40, 80, 200]),
+        ((0.5, 1.0), [0, 20, 40, 100]),
+        ((1.5, 1.0), [0, 60, 120, 255]),
+        ((1.0, 0.0), [80, 80, 80, 80]),
+        ((1.0, 0.5), [40, 60, 80, 140]),
+        ((0.5, 2.0), [0, 0, 40, 160]),
+    ],
+)
+def test_brightness_multiplies_an_image_and_contrast_its_distance_from_its_mean(
+    factors: tuple[float, float], expected: list[int]
+) -> None:
+    row = torch.tensor([0, 40, 80, 200], dtype=torch.uint8)
+    pixels = torch.stack([row[None, :, None].expand(2, 4, 3), torch.full((2, 4, 3), 7, dtype=torch.uint8)])
+    changed = ColorJitter().apply(pixels, torch.tensor([factors, (1.0, 1.0)]))
+    assert changed[0, 1, :, 2].tolist() == expected
+    assert torch.equal(changed[1], pixels[1])
+
+
 def mixable() -> tuple[Tensor, Tensor, Tensor]:
     """Return images whose every pixel is their class, those classes one-hot, and the classes."""
     classes = torch.arange(8)
@@ -200,7 +233,7 @@ def images_by_id(batch_size: int, *, shuffle: bool, world_size: int, epoch: int)
             Normalize((0.5,) * 3, (0.25,) * 3, torch.device("cpu")),
             seed=11,
             shuffle=shuffle,
-            augment=[RandomFlip(), RandomCrop(3), Cutout(5)],
+            augment=[RandomFlip(), RandomCrop(3), Cutout(5), ColorJitter(0.5, 0.5)],
             rank=rank,
             world_size=world_size,
         )
@@ -229,6 +262,8 @@ def test_an_image_is_augmented_alike_in_any_batch_order_and_rank(
         (lambda: RandomCrop(0), "padding"),
         (lambda: RandomCrop(-1), "padding"),
         (lambda: Cutout(size=0), "size"),
+        (lambda: ColorJitter(brightness=-0.1), "brightness"),
+        (lambda: ColorJitter(contrast=float("nan")), "contrast"),
         (lambda: Cutout(fill=(1, 2)), "fill"),
         (lambda: Cutout(fill=(0, 0, 256)), "fill"),
         (lambda: Cutout(fill=(0, -1, 0)), "fill"),

@@ -100,6 +100,26 @@ def test_its_state_goes_on_after_it_was_saved() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_group_with_an_lr_of_its_own_has_all_its_lrs_in_proportion() -> None:
+    net = network()
+    given = [
+        {"params": [net[2].weight, net[2].bias]},
+        {"params": [net[0].weight, net[0].bias], "lr": 0.05, "name": "backbone"},
+    ]
+    groups = Muon(given, lr=0.5, head_lr=30.0, bias_lr=20.0, weight_decay=0.01).param_groups
+    found = [(group["name"], group["lr"], round(group["lr"] * group["weight_decay"], 9)) for group in groups]
+    assert found == [
+        ("matrices", 30.0, 0.01), ("vectors", 20.0, 0.01),
+        ("backbone_filters", 0.05, 0.0), ("backbone_vectors", 2.0, 0.01),
+    ]  # fmt: skip
+    before = net[0].weight.detach() * len(net[0].weight) ** 0.5 / net[0].weight.detach().norm()
+    optimizer = Muon(given, lr=0.5, head_lr=0.0, bias_lr=0.0, ns_steps=5)
+    backward(net, 0)
+    optimizer.step()
+    size = torch.linalg.svdvals((net[0].weight.detach() - before).flatten(1))
+    assert 0.025 < size.min() < size.max() < 0.07, "an orthogonal step of the group's lr"
+
+
 @pytest.mark.parametrize("argument", [{"ns_steps": 0}, {"head_lr": -1.0}, {"bias_lr": float("nan")}])
 def test_what_is_out_of_range_is_named(argument: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(argument))}: .* is out of range"):

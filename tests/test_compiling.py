@@ -1,0 +1,18 @@
+"""torch.compile: what it costs is told, whenever it is paid."""
+
+import re
+from pathlib import Path
+
+from src.cli import main
+from tests.faults.breakers import SMALL, Child
+
+
+def test_compiling_is_told_of_with_the_step_after_which_it_was_paid(tmp_path: Path) -> None:
+    smaller_images_first = ["--data.small_epochs=1", "--data.small_size=24"]
+    network = ["--model.network=src.networks.WhitenedCNN", "--model.network.widths=[24,24,24]"]
+    options = [*SMALL, *network, *smaller_images_first, "--data.val_size=0", "--model.compile=default"]
+    done = Child(main, ["fit", *options], cwd=tmp_path).wait()
+    assert done.status == 0, done
+    lines = [line for line in done.out.splitlines() if line.startswith("compile")]
+    assert [re.sub(r"\d+\.\d", "N", line) for line in lines] == ["compile: N s by step 1", "compile: N s by step 7"]
+    assert all(float(line.split()[1]) > 0 for line in lines)
