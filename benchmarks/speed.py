@@ -175,9 +175,9 @@ def memory(o: argparse.Namespace) -> None:
 def breakdown(o: argparse.Namespace) -> None:
     """Where an optimizer step of configs/cifar10.yaml and of configs/speed94.yaml (images of full size) goes.
 
-    Data to optimizer: sections of a loop by hand, means. "Trainer, guard, metrics": a fit without bar, TensorBoard and
-    checkpoints, less that loop. "Logging, bar, checkpoints": the whole fit less that one. Both are differences within a
-    round, which noise may make negative.
+    Data to optimizer: sections of a loop by hand, means. "Trainer, guard, metrics": a fit without bar, TensorBoard,
+    checkpoints and live weights, less that loop. "Bar, logging, checkpoints, live weights": the whole fit less that
+    one. Both are differences within a round, which noise may make negative.
     """
     quiet = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
     for config, steps, skip, block in (("cifar10", 600, 100, 50), ("speed94", 14, 2, 1)):
@@ -194,7 +194,7 @@ def breakdown(o: argparse.Namespace) -> None:
         for hand, still, full in zip(*(samples[case] for case in cases), strict=False):
             sections = {k.removesuffix(", ms"): v for k, v in hand.items() if k.endswith(", ms")}
             sections["Trainer, guard, metrics"] = still["ms a step"] - hand["ms a step"]
-            sections["logging, bar, checkpoints"] = full["ms a step"] - still["ms a step"]
+            sections["bar, logging, checkpoints, live weights"] = full["ms a step"] - still["ms a step"]
             for name, milliseconds in sections.items():
                 parts.setdefault(name, []).append({"ms a step": milliseconds})
         whole = [compare(samples, "ms a step", case, "by hand") for case in ("quiet", "ours")]
