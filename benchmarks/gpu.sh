@@ -12,14 +12,15 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 status=0
 part() {
     echo "== $1, at most $2 s"
-    timeout --kill-after=5 "$2" python -m benchmarks.gpu "$1" --root "$root" --timeout $(($2 - 12)) "${@:3}"  # 12: to begin, and to write
+    # Less by what it takes to begin, and to write.
+    timeout --kill-after=5 "$2" python -m benchmarks.gpu "$1" --root "$root" --timeout $(($2 - 12)) "${@:3}"
 }
-part time94 180 "$@" || status=1
-part time96 120 "$@" || status=1
-part images 60 "$@" || status=1
+part time94 165 "$@" || status=1
+part time96 110 "$@" || status=1
+part images 55 "$@" || status=1
 part live 40 "$@" || status=1
-part user 35 "$@" || status=1
-part sync 40 "$@" & # these two take no times: they may run side by side
-part resume 40 "$@" || status=1
+part user 45 "$@" || status=1
+part sync 65 "$@" & # these two take no times: they may run side by side
+part resume 65 "$@" || status=1
 wait $! || status=1
 exit $status

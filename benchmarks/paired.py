@@ -251,8 +251,10 @@ def header(what: str, threads: int, n: int) -> dict[str, Any]:
         gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or gpu
     commit = ""
     if shutil.which("git"):
-        query = ["git", "describe", "--always", "--dirty"]
+        query = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(query, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "src", "configs"], cwd=ROOT, check=False).returncode:
+            commit += ", changed"
     packages = ("torch", "torchvision", "lightning", "numpy")
     return {
         "what": what,

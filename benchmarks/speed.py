@@ -99,8 +99,9 @@ def step94(o: argparse.Namespace) -> None:
 def time94(o: argparse.Namespace) -> None:
     """All of configs/speed94.yaml on all 50,000 images, against a plain port of the published 94 % recipe.
 
-    The port is airbench94_muon: eager, bf16 autocast, batches of 2,000. Both average six views at test time. Seconds by
-    the clock of the speed-runs and of the whole process; accuracies of the test set; a seed a round.
+    The port is airbench94_muon: eager, bf16 autocast, batches of 2,000, six views of each image at test time; ours has
+    them of the images of which one leaves a doubt. Seconds by the clock of the speed-runs and of the whole process;
+    accuracies of the test set; a seed a round.
     """
     cut = [f"--steps={o.steps}"] if o.steps else []
     recipe = ["recipe", "--config=configs/speed94.yaml", *cut]

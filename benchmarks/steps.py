@@ -196,8 +196,6 @@ def ours(o: argparse.Namespace) -> dict[str, Any]:
 
 def recipe(o: argparse.Namespace) -> dict[str, Any]:
     """Train by the config, once for each seed, and test; time it by the clock of the speed-runs."""
-    config = yaml.safe_load(o.config.read_text())
-    views: Views = config["model"].get("tta", "one")
     pixels, labels = (t[: None if o.steps is None else 500].to(DEVICE) for t in CIFAR10(root=o.root).load("test"))
     test = ResidentLoader(
         pixels, labels, torch.arange(len(labels)), o.eval_batch_size, Normalize(CIFAR10.mean, CIFAR10.std, DEVICE)
@@ -216,7 +214,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         module.trainer.datamodule.sample(1)  # type: ignore[attr-defined] # the data are on the device before the clock runs
         clock["whitening"] = _now()
         prepare(module)
-        clock["whitened"], clock["network"] = _now(), module.network
+        clock["whitened"], clock["module"] = _now(), module
 
     def begun() -> None:
         clock["begun"] = _now()
@@ -234,7 +232,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         gc.freeze()
         with tempfile.TemporaryDirectory() as folder, _watched(stepped, begun):
             _fit(o, folder, f"--seed_everything={number}", *warm_up)
-        network = clock["network"].to(DEVICE).eval()
+        network, views = clock["module"].network.to(DEVICE).eval(), clock["module"].tta
         if o.warm_up and not runs:
             _meet_sizes(network, test)
         tested = _now()

@@ -47,7 +47,7 @@ class ImageClassifier(pl.LightningModule):
             ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides; ``six_if_unsure``,
             these six where the first leaves a doubt.
         compile: Train a network that ``torch.compile`` has made faster, in this mode (``reduce-overhead``: by CUDA
-            graphs); null does without. It pays in long runs on a GPU; what it costs at the first steps is printed.
+            graphs); null does without. It pays in long runs on a GPU; what it costs is printed whenever it does.
         selection: Learn the hardest images of each batch alone; null learns all. ``train/loss`` and ``train/acc`` are
             then those of the images that are learned.
         channels_last: Keep weights and activations in NHWC order, which convolutions on most devices are faster in.

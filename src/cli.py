@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from src import __version__
 from src.arguments import check_nesting, config_texts, find_checkpoint, join_paths, misplaced_nulls, only, run_folder
@@ -386,6 +387,10 @@ class CLI(LightningCLI):
         if self.live is not None:
             with LiveWeights.open(self.live) as reader:
                 self.take(reader.read(verify=True))
+        if self.model.tta == "six_if_unsure" and not isinstance(
+            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        ):
+            raise UsageError("model.tta: six_if_unsure is not for devices that share out the parameters; take six")
         # DDP waits for every gradient unless it is told that some parameters have none in some steps.
         kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
         selection = self.model.selection

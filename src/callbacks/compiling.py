@@ -5,6 +5,7 @@ python -m src fit --model.compile default
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +58,7 @@ class Compiling(pl.Callback):
         if self._watching:
             from torch._dynamo.callback import callback_handler
 
-            callback_handler.remove_start_callback(self._start)
-            callback_handler.remove_end_callback(self._stop)
+            with suppress(ValueError):  # torch._dynamo.reset() has forgotten them
+                callback_handler.remove_start_callback(self._start)
+                callback_handler.remove_end_callback(self._stop)
             self._watching = False

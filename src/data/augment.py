@@ -127,8 +127,8 @@ class Cutout(Augmentation):
 class ColorJitter(Augmentation):
     """Makes images brighter or darker, and higher or lower in contrast, by factors drawn for each.
 
-    Brightness multiplies an image; contrast, its distance from its mean: as in torchvision's ``v2.ColorJitter``, which
-    draws once for a whole batch. The defaults are those of Hiverge's speed-run (hiverge/cifar10-speedrun, 2025).
+    Brightness multiplies an image, contrast then its distance from its mean over all pixels and colours. Much as
+    torchvision's ``v2.ColorJitter``, which takes the mean of the grey image and draws once for a whole batch.
 
     Args:
         brightness: Largest change of the first factor, which is 1 if it is 0; in [0, 1].
@@ -150,7 +150,7 @@ class ColorJitter(Augmentation):
         """Return the changed batch; what leaves 0 to 255 is cut off."""
         brightness, contrast = draws[:, 0], draws[:, 1]
         total = pixels.sum((1, 2, 3), dtype=torch.int64)  # of whole numbers: the same in whatever order it is added up
-        mean = brightness * (total / pixels[0].numel())
+        mean = brightness * (total * (1 / pixels[0].numel()))
         factor, offset = (v[:, None, None, None] for v in (brightness * contrast, mean * (1 - contrast)))
         return pixels.mul(factor).add_(offset).round_().clamp_(0, 255).to(torch.uint8)
 

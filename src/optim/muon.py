@@ -51,21 +51,21 @@ class Muon(Optimizer):
         for name, value in (("head_lr", head_lr), ("bias_lr", bias_lr)):
             if not value >= 0:
                 raise ValueError(f"{name}: {value} is out of range: at least 0")
-        groups = []
-        for given in as_groups(params):
-            own = given.get("lr", lr)
-            scale = own / lr if lr else 1.0
-            for kind, peak in (("filters", own), ("matrices", scale * head_lr), ("vectors", scale * bias_lr)):
+        groups = []  # filters first: the lr of the first group is what is shown and steered as the lr
+        given_groups = as_groups(params)
+        for kind, kind_lr in (("filters", lr), ("matrices", head_lr), ("vectors", bias_lr)):
+            for given in given_groups:
                 members = [p for p in given["params"] if _kind(p) == kind]
                 muon = kind == "filters"
+                own_lr = kind_lr * given["lr"] / lr if "lr" in given and lr else kind_lr
                 if members:
                     groups.append(
                         {
                             "params": members,
                             "name": f"{given['name']}_{kind}" if "name" in given else kind,
-                            "lr": peak,
+                            "lr": own_lr,
                             "momentum": momentum if muon else sgd_momentum,
-                            "weight_decay": 0.0 if muon or not peak else weight_decay / peak,
+                            "weight_decay": 0.0 if muon or not own_lr else weight_decay / own_lr,
                         }
                     )
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "ns_steps": ns_steps})

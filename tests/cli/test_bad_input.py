@@ -107,6 +107,16 @@ BAD_ARGUMENTS = [
         "model.selection: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true",
     ),
     (
+        [
+            "fit",
+            "--model.tta=six_if_unsure",
+            "--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=2",
+        ],
+        "model.tta: six_if_unsure is not for devices that share out the parameters; take six",
+    ),
+    (
         ["fit", "--model.selection.network=CNN", "--model.selection.share=1"],
         "model.selection.share: 1.0 is out of range",
     ),

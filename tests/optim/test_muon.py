@@ -109,8 +109,8 @@ def test_a_group_with_an_lr_of_its_own_has_all_its_lrs_in_proportion() -> None:
     groups = Muon(given, lr=0.5, head_lr=30.0, bias_lr=20.0, weight_decay=0.01).param_groups
     found = [(group["name"], group["lr"], round(group["lr"] * group["weight_decay"], 9)) for group in groups]
     assert found == [
-        ("matrices", 30.0, 0.01), ("vectors", 20.0, 0.01),
-        ("backbone_filters", 0.05, 0.0), ("backbone_vectors", 2.0, 0.01),
+        ("backbone_filters", 0.05, 0.0), ("matrices", 30.0, 0.01),
+        ("vectors", 20.0, 0.01), ("backbone_vectors", 2.0, 0.01),
     ]  # fmt: skip
     before = net[0].weight.detach() * len(net[0].weight) ** 0.5 / net[0].weight.detach().norm()
     optimizer = Muon(given, lr=0.5, head_lr=0.0, bias_lr=0.0, ns_steps=5)
