@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 from torch.nn.grad import conv2d_input
 
+from src.networks.native import call, compiled
+
 _SMALL_MAP = 64
 """Pixels of a map up to which oneDNN takes longer for the gradient of the filters than a matrix product does: 1.6 times
 at 7x7, 8 times at 3x3 (batches of 125, 256 channels, bf16, AMX, torch 2.15)."""
@@ -53,13 +55,34 @@ class _SmallMap(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = conv2d_input(x.shape, weight, gradient, padding=1)  # type: ignore[no-untyped-call]
-        _, channels, h, w = x.shape
+        channels = x.shape[1]
         total = torch.zeros(len(weight), 9 * channels)
         for part, of_part in zip(torch.split(x, _PART), torch.split(gradient, _PART), strict=True):
-            padded = F.pad(part.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
-            image, row, column, _ = padded.stride()
-            patches = padded.as_strided((len(part), h, w, 3, 3 * channels), (image, row, column, row, 1))
-            columns = of_part.permute(1, 0, 2, 3).reshape(len(weight), -1).contiguous()
-            total += columns @ patches.reshape(-1, 9 * channels)
+            columns, patches = _matrices(part.permute(0, 2, 3, 1), of_part.permute(0, 2, 3, 1))
+            total += columns @ patches
         of_weight = total.to(weight.dtype).view(len(weight), 3, 3, channels).permute(0, 3, 1, 2)
         return of_x, of_weight
+
+
+def _matrices(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two matrices whose product is the gradient of the filters.
+
+    Args:
+        x: What the convolution was given, ``[b, h, w, c]``.
+        gradient: That of its result, ``[b, h, w, out]``.
+
+    Returns:
+        ``[out, b*h*w]``, and the patches, ``[b*h*w, 9*c]``.
+    """
+    b, h, w, channels = x.shape
+    pixels, width_out = b * h * w, gradient.shape[3]
+    library = None if torch.compiler.is_compiling() else compiled()
+    if library is None or not (x.is_contiguous() and gradient.is_contiguous()):
+        padded = F.pad(x, (0, 0, 1, 1, 1, 1)).contiguous()
+        image, row, column, _ = padded.stride()
+        strided = padded.as_strided((b, h, w, 3, 3 * channels), (image, row, column, row, 1))
+        return gradient.reshape(pixels, width_out).T.contiguous(), strided.reshape(pixels, 9 * channels)
+    columns, patches = x.new_empty((width_out, pixels)), x.new_empty((pixels, 9 * channels))
+    call(library.transpose, gradient, columns, pixels, width_out)
+    call(library.patches3x3, x, patches, b, h, w, channels)
+    return columns, patches

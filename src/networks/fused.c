@@ -2,7 +2,7 @@
 
    Maps are NHWC: a pixel's channels lie side by side, so every inner loop runs over channels and is vectorized by the
    compiler. Sums over pixels are taken image by image in a fixed order: the result depends on the number of threads
-   alone. `src/networks/fused.py` builds and calls this. */
+   alone. `src/networks/native.py` builds this, `src/networks/fused.py` calls it. */
 
 #include <math.h>
 #include <stdint.h>

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
 from src.networks.convolution import Conv3x3
-from src.networks.fused import compiled, plain_pool_norm_gelu, pool_norm_gelu
+from src.networks.fused import plain_pool_norm_gelu, pool_norm_gelu
+from src.networks.native import compiled
 from src.networks.network import Network
 
 

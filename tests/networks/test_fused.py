@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.networks.fused import compiled, plain_pool_norm_gelu, pool_norm_gelu
+from src.networks.fused import plain_pool_norm_gelu, pool_norm_gelu
+from src.networks.native import compiled
 from tests.conftest import REPOSITORY
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C compiler, or this is not Linux")
@@ -78,6 +79,23 @@ def test_what_is_not_finite_is_not_hidden(value: float) -> None:
     assert not pool_norm_gelu(x, norm(8), pool=True)[:, 3].isfinite().all()
 
 
+@needs_compiler
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("shape", [(5, 64, 31, 31), (3, 40, 15, 6), (4, 1, 4, 7)])
+def test_with_running_statistics_it_is_at_least_as_exact_as_torch(shape: tuple[int, int, int, int], pool: bool) -> None:
+    layer, x = norm(shape[1]), maps(*shape)
+    plain_pool_norm_gelu(maps(*shape).float() * 2 - 1, layer, pool=pool)
+    layer.eval()
+    before = [buffer.clone() for buffer in layer.buffers()]
+    with torch.no_grad():
+        ours, theirs = pool_norm_gelu(x, layer, pool=pool), plain_pool_norm_gelu(x, layer, pool=pool)
+        exact = plain_pool_norm_gelu(x.double(), layer.double(), pool=pool)
+    assert ours.dtype == torch.bfloat16
+    assert not torch.equal(ours, theirs), "else it was not our function"
+    assert (ours - exact).norm() <= (theirs - exact).norm()
+    assert all(torch.equal(a.double(), b.double()) for a, b in zip(before, layer.buffers(), strict=True))
+
+
 def test_what_it_is_not_made_for_is_left_to_torch() -> None:
     layer = norm(8).eval()
     for x in (maps(2, 8, 4, 4), maps(2, 8, 4, 4).float(), maps(2, 8, 4, 4).contiguous()):
@@ -88,7 +106,7 @@ def test_what_it_is_not_made_for_is_left_to_torch() -> None:
 
 
 def test_without_a_compiler_there_is_none(tmp_path: Path) -> None:
-    code = "import torch; from src.networks.fused import compiled; print(compiled())"
+    code = "import torch; from src.networks.native import compiled; print(compiled())"
     env = {"PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100, check=True

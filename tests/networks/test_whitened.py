@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.networks import WhitenedCNN
+from src.networks import WhitenedCNN, convolution
 from src.networks.convolution import Conv3x3
+from src.networks.native import compiled
 
 
 def images(count: int, side: int = 32) -> Tensor:
@@ -55,24 +56,28 @@ def test_the_bias_of_the_whitening_is_learned_in_the_first_epochs_alone() -> Non
     assert learned == [True, True, False, True]
 
 
-@pytest.mark.parametrize("side", [3, 7, 8, 15])
+@pytest.mark.parametrize("side", [1, 2, 3, 7, 8, 15])
 @pytest.mark.parametrize("learns", [True, False])
-def test_the_fast_convolution_is_the_convolution(side: int, learns: bool) -> None:
+@pytest.mark.parametrize("library", [compiled(), None], ids=["compiled", "not compiled"])
+def test_the_fast_convolution_is_the_convolution(
+    side: int, learns: bool, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bfloat16, of which the last bit is 0.4 %."""
+    monkeypatch.setattr(convolution, "compiled", lambda: library)
     torch.manual_seed(0)
     fast, plain = Conv3x3(32, 48), nn.Conv2d(32, 48, 3, padding=1, bias=False)
     plain.load_state_dict(fast.state_dict())
     results = []
-    for convolution in (fast, plain):
-        convolution.to(memory_format=torch.channels_last)
-        convolution.weight.requires_grad_(learns)
+    for layer in (fast, plain):
+        layer.to(memory_format=torch.channels_last)
+        layer.weight.requires_grad_(learns)
         draws = torch.Generator().manual_seed(1)
         x = torch.randn(5, 32, side, side, generator=draws).contiguous(memory_format=torch.channels_last)
         x.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            y = convolution(x)
+            y = layer(x)
         y.float().square().mean().backward()
-        results.append((y.float(), x.grad, convolution.weight.grad))
+        results.append((y.float(), x.grad, layer.weight.grad))
     assert results[0][2] is None if not learns else results[0][2] is not None
     for a, b in zip(*results, strict=True):
         if a is not None and b is not None:
