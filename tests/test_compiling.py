@@ -1,12 +1,16 @@
 """torch.compile: what it costs is told, whenever it is paid."""
 
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from src.cli import main
 from tests.faults.breakers import SMALL, Child
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler")
 def test_compiling_is_told_of_with_the_step_after_which_it_was_paid(tmp_path: Path) -> None:
     smaller_images_first = ["--data.small_epochs=1", "--data.small_size=24"]
     network = ["--model.network=src.networks.WhitenedCNN", "--model.network.widths=[24,24,24]"]
