@@ -147,18 +147,13 @@ def live(o: argparse.Namespace) -> None:
 
 
 def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
-    cases: dict[str, Case] = {}
-    if (ROOT / "configs" / f"{name}.yaml").is_file():
-        size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={o.runs or runs}", "--warm_up=400"]
-        words = ["recipe", f"--config=configs/{name}.yaml", "--eval_batch_size=2000", "--model.compile=default"]
-        words += [*size, *o.more]
-        cases["ours"] = lambda _: _run(o, "-m", "benchmarks.steps", *words)
+    size = ["--runs=2", "--steps=1", "--warm_up=1"] if o.smoke else [f"--runs={o.runs or runs}", "--warm_up=400"]
+    words = ["recipe", f"--config=configs/{name}.yaml", "--eval_batch_size=2000", "--model.compile=default"]
+    cases: dict[str, Case] = {"ours": lambda _: _run(o, "-m", "benchmarks.steps", *words, *size, *o.more)}
     samples, missing = alternate(cases, 1)
     found: list[dict[str, Any]] = samples["ours"][0]["runs"] if samples.get("ours") else []
     if found and "broken off" in samples["ours"][0]:
         missing["further runs"] = samples["ours"][0]["broken off"]
-    if not cases:
-        missing["ours"] = f"there is no configs/{name}.yaml"
     keys = ("seconds", "training seconds", "acc tta", "acc") if found else ()
     means = {k: statistics.mean(run[k] for run in found) for k in keys}
     stds = {k: statistics.stdev(run[k] for run in found) for k in keys if len(found) > 1}

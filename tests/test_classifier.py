@@ -1,9 +1,12 @@
 """The classifier: its parameter groups, its frozen backbone, its loss."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
 from src.callbacks.console import EpochLines
 from src.callbacks.curves import Curves
@@ -11,7 +14,7 @@ from src.classifier import ImageClassifier
 from src.data import Batch, CutMix, Shapes10
 from src.mean_loss import MeanLoss
 from src.networks import CNN, ResNet
-from src.optim import OneCycle
+from src.optim import Muon, OneCycle
 
 
 def classifier(**arguments: object) -> ImageClassifier:
@@ -55,6 +58,36 @@ def test_the_backbone_has_its_own_lr_and_every_parameter_one_group() -> None:
     head = {id(p) for g in optimizer.param_groups[:2] for p in g["params"]}
     assert head == {id(p) for p in model.network.head.parameters()}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.network.parameters()))
+
+
+def test_muon_takes_the_lr_of_the_backbone_for_its_filters_and_they_stand_first() -> None:
+    model = classifier(optimizer=partial(Muon, lr=0.1, head_lr=20.0, bias_lr=30.0), backbone_lr=0.05)
+    groups = model._build_optimizer().param_groups
+    assert [(g["name"], g["lr"]) for g in groups] == [
+        ("backbone_filters", 0.05), ("matrices", 20.0), ("backbone_matrices", 10.0),
+        ("vectors", 30.0), ("backbone_vectors", 15.0),
+    ]  # fmt: skip
+    assert sum(len(g["params"]) for g in groups) == len(list(model.network.parameters()))
+
+
+class Whitened(CNN):
+    """Notes where the images are that it is initialized by."""
+
+    def initialize(self, images: Tensor) -> None:
+        self.initialized_on = images.device.type
+
+
+def test_a_network_is_initialized_by_images_where_the_data_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Whitened()
+    model = ImageClassifier(network)
+    data = Shapes10(train_images=250, val_size=50, batch_size=50)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.state.fn = TrainerFn.FITTING
+    model.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    monkeypatch.setattr(data, "sample", lambda count: torch.empty(count, 3, 32, 32, device="meta"))
+    model.prepare_data()
+    assert network.initialized_on == "meta", "the module, which is still on the CPU, has nothing to do with it"
 
 
 class Snapshots(pl.Callback):

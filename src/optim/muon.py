@@ -57,7 +57,8 @@ class Muon(Optimizer):
             for given in given_groups:
                 members = [p for p in given["params"] if _kind(p) == kind]
                 muon = kind == "filters"
-                own_lr = kind_lr * given["lr"] / lr if "lr" in given and lr else kind_lr
+                group_lr = given.get("lr", lr)
+                own_lr = group_lr if muon else kind_lr * (group_lr / lr if lr else 1.0)
                 if members:
                     groups.append(
                         {

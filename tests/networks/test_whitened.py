@@ -72,7 +72,7 @@ def test_the_fast_convolution_is_the_convolution(
         layer.to(memory_format=torch.channels_last)
         layer.weight.requires_grad_(learns)
         draws = torch.Generator().manual_seed(1)
-        x = torch.randn(5, 32, side, side, generator=draws).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(130, 32, side, side, generator=draws).contiguous(memory_format=torch.channels_last)
         x.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
