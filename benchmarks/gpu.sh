@@ -15,9 +15,9 @@ part() {
     # Less by what it takes to begin, and to write.
     timeout --kill-after=5 "$2" python -m benchmarks.gpu "$1" --root "$root" --timeout $(($2 - 12)) "${@:3}"
 }
-part time94 165 "$@" || status=1
-part time96 110 "$@" || status=1
-part images 55 "$@" || status=1
+part time94 130 "$@" || status=1
+part time96 150 "$@" || status=1
+part images 50 "$@" || status=1
 part live 40 "$@" || status=1
 part user 45 "$@" || status=1
 part sync 65 "$@" & # these two take no times: they may run side by side

@@ -226,12 +226,12 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
     CIFAR10.load = loaded  # type: ignore[assignment, method-assign]
     cut = [] if o.steps is None else [f"--trainer.max_steps={o.steps}"]
     runs: list[dict[str, Any]] = []
-    for number in [o.seed] * bool(o.warm_up) + [o.seed + i for i in range(o.runs)]:
-        warm_up = [f"--trainer.max_steps={o.warm_up}"] if o.warm_up and not runs else cut
+    for number in [o.seed] * o.warm_up + [o.seed + i for i in range(o.runs)]:
+        warm_up = _warm_up(o) if o.warm_up and not runs else []
         gc.collect()  # what earlier runs have left: else it may be looked for while the clock runs
         gc.freeze()
         with tempfile.TemporaryDirectory() as folder, _watched(stepped, begun):
-            _fit(o, folder, f"--seed_everything={number}", *warm_up)
+            _fit(o, folder, f"--seed_everything={number}", *cut, *warm_up)
         network, views = clock["module"].network.to(DEVICE).eval(), clock["module"].tta
         if o.warm_up and not runs:
             _meet_sizes(network, test)
@@ -245,7 +245,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
             "seed": number, "steps": clock["steps"], "seconds": training + _span(tested, done),
             "training seconds": training, "acc tta": with_views, "acc": without,
         })  # fmt: skip
-        counted = runs[bool(o.warm_up) :]
+        counted = runs[o.warm_up :]
         if counted:  # told after each, as there may be no time for all
             means = {
                 k: statistics.mean(r[k] for r in counted) for k in ("seconds", "training seconds", "acc tta", "acc")
@@ -371,6 +371,12 @@ def _fit(o: argparse.Namespace, folder: str, *options: str) -> None:
         raise SystemExit(status)
 
 
+def _warm_up(o: argparse.Namespace) -> list[str]:
+    """Return the options of a fit that meets all kinds of steps of a recipe: a layer freezes, images grow."""
+    small = yaml.safe_load(o.config.read_text())["data"]["init_args"].get("small_epochs", 0)
+    return ["--trainer.max_epochs=5", f"--data.small_epochs={min(4, small)}"]
+
+
 @torch.inference_mode()
 def _meet_sizes(network: Network, loader: ResidentLoader) -> None:
     """Let libraries prepare for all sizes in which `average_views` may look at unsure images again."""
@@ -429,7 +435,7 @@ def command() -> None:
     parser.add_argument("--sync_error", action="store_true", help="of ours, on a GPU: a wait of the host is an error")
     parser.add_argument("--seed", type=int, default=0, help="of recipe: the first")
     parser.add_argument("--runs", type=int, default=1, help="of recipe")
-    parser.add_argument("--warm_up", type=int, default=0, help="steps of a run of recipe that does not count, first")
+    parser.add_argument("--warm_up", action="store_true", help="first, a run of recipe of 5 epochs that does not count")
     parser.add_argument("--eval_batch_size", type=int, default=500, help="of recipe: images in a batch of the test")
     o, more = parser.parse_known_args()
     o.more = more

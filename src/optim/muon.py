@@ -131,7 +131,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     come out between about 0.7 and 1.2 (Jordan et al., 2024).
 
     Args:
-        matrix: ``[..., m, n]``; each of several is made orthogonal by itself.
+        matrix: ``[m, n]``, or several, ``[k, m, n]``, each of which is made orthogonal by itself.
         steps: Iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -140,7 +140,9 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    multiply = torch.addmm if x.ndim == 2 else torch.baddbmm  # and add, rounding once: faster, and half the error
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = multiply(gram, gram, gram, beta=b, alpha=c)
+        x = multiply(x, gram, x, beta=a)
     return x.mT if tall else x
