@@ -12,6 +12,7 @@ from src.cli import main
 from tests.cli.test_live import ENDLESS, running, wait_for_step
 from tests.conftest import CONFIGS, REPOSITORY, run_src
 
+LANGUAGES = ("", ".zh-CN")
 READMES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
 
 
@@ -40,10 +41,29 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert command in (REPOSITORY / ".ci" / "run").read_text().splitlines()
 
 
+def test_both_languages_tell_the_same_measurements() -> None:
+    lines = [
+        (REPOSITORY / "docs" / f"measurements{end}.md").read_text(encoding="utf-8").splitlines() for end in LANGUAGES
+    ]
+    assert len(lines[0]) == len(lines[1])
+    for english, chinese in zip(*lines, strict=True):
+        for wanted in (r"`[^`]+`", r"\d[\d.,]*\d"):  # code, and numbers of two digits and more
+            here, there = (
+                sorted(re.findall(wanted, re.sub("2026 年 11 月|November 2026", "", t))) for t in (english, chinese)
+            )
+            assert here == there, english
+
+
 def test_every_link_and_file_in_the_readme_is_there() -> None:
-    for text in READMES.values():
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (REPOSITORY / target).exists(), target
+    pages = [REPOSITORY / f"{name}{end}.md" for name in ("README", "docs/measurements") for end in LANGUAGES]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]+)(?:#([^)]*))?\)", text):
+            linked = page.parent / target
+            assert linked.exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
         for target in re.findall(r"\bconfigs/[a-z][\w/]*\.yaml", text):
             assert (REPOSITORY / target).exists(), target
 
