@@ -179,9 +179,10 @@ class CLI(LightningCLI):
             "--chunk_size",
             type=int,
             default=1,
-            help="Optimizer steps that a fit takes in one go. Signals, checkpoints, the progress bar and the guard "
-            "against infinite numbers wait for the end of a chunk; the weights and the curves stay the same. It "
-            "pays with small batches, whose steps take less time than to look after them.",
+            help="Optimizer steps that a fit takes in one go. Signals, checkpoints, the progress bar, the "
+            "guard against infinite numbers, steering, feeding and publications wait for the end of a chunk; the "
+            "weights and the curves stay the same. It pays with small batches, whose steps take less time than to "
+            "look after them.",
         )
         parser.add_argument(
             "--cuda_graph",
@@ -431,7 +432,7 @@ class CLI(LightningCLI):
             chosen = "chosen for this device" if self.chosen else "as configured"
             line = f"device: {describe(self.device)}; precision: {self.trainer.precision} ({chosen})"
             line += "; channels_last" if self.model.hparams["channels_last"] else ""
-            remark = self.model.network.remark(self.device) if subcommand == "fit" else ""
+            remark = self.model.network.remark(self.device, str(self.trainer.precision)) if subcommand == "fit" else ""
             _say(f"{line}; {remark}" if remark else line)
             if self.checkpoint is not None:
                 _say(f"checkpoint: {self.checkpoint}")

@@ -1,6 +1,8 @@
 """A run's folder, and what is kept in it of what was asked for: config.yaml, and the hparams of TensorBoard."""
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,19 +140,24 @@ def _wait_for_a_later_name(folder: Path) -> None:
 class RunRecord(SaveConfigCallback):
     """Writes the whole config of a fit, so that ``fit --config RUN/config.yaml`` starts the same run again.
 
-    A run that is resumed keeps its config.yaml; what has changed is in its journal.
+    A run that is resumed keeps its config.yaml; what has changed is in its journal. Who wants to steer or to watch the
+    run needs its folder now, so that is told at once.
     """
 
     _text = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write config.yaml; a run's folder belongs to its fit alone."""
+        """Write config.yaml, and say where the run is; a run's folder belongs to its fit alone."""
         if stage != "fit" or not trainer.loggers:
             return
         path = Path(trainer.log_dir or "") / "config.yaml"  # asked for on all ranks: it is broadcast
-        if trainer.is_global_zero and not path.is_file():
+        if not trainer.is_global_zero:
+            return
+        if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self._config_text(), encoding="utf-8")
+        sys.stdout.write(f"run: {os.path.relpath(path.parent)}\n")
+        sys.stdout.flush()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

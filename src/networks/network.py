@@ -38,8 +38,13 @@ class Network(nn.Module):
                 device of the fit already, the weights may not be.
         """
 
-    def remark(self, device: str) -> str:
-        """Return what a person should know about how this network is computed on a device, or nothing."""
+    def remark(self, device: str, precision: str) -> str:
+        """Return what a person should know about how this network is computed on a device, or nothing.
+
+        Args:
+            device: Its type, e.g. ``cpu``.
+            precision: As in ``trainer.precision``, e.g. ``bf16-mixed``.
+        """
         return ""
 
     def begin_epoch(self, epoch: int) -> None:

@@ -37,8 +37,8 @@ class WhitenedCNN(Network):
         unit_head: Whether the head's weights begin with a standard deviation of 1; if not, they begin as torch's do.
         logit_divisor: What the logits are divided by, above 0. With SGD it is a part of the head's lr: what a step
             does to the logits is the lr divided by its square.
-        fused: Pool, normalize and apply GELU in one function, compiled for this CPU where a C compiler is at hand;
-            otherwise, and to within rounding, by torch's own operations.
+        fused: Pool, normalize and apply GELU in one function, for bf16, compiled for this CPU where that is possible
+            (Linux, a C compiler); otherwise, and to within rounding, by torch's own operations.
     """
 
     def __init__(
@@ -78,11 +78,13 @@ class WhitenedCNN(Network):
         logits: Tensor = self.head(F.max_pool2d(features, features.shape[2:]).flatten(1))
         return logits / self.logit_divisor
 
-    def remark(self, device: str) -> str:
+    def remark(self, device: str, precision: str) -> str:
         """Say whether the fused functions are compiled."""
         if not self.fused or device != "cpu":
             return ""
-        return "fused: compiled" if compiled() else "fused: not here (no C compiler), by torch's own operations"
+        if not precision.startswith("bf16"):
+            return "fused: by torch's own operations, as it is for bf16"
+        return "fused: compiled" if compiled() else "fused: by torch's own operations, as its C cannot be compiled here"
 
     def initialize(self, images: Tensor) -> None:
         """Set the filters of the first layer to the eigenvectors of the patches' covariance, and their negatives."""

@@ -47,7 +47,8 @@ def test_a_fit_tells_the_device_each_epoch_in_two_lines_and_how_to_go_on(trained
         "TensorBoard: tensorboard --logdir lightning_logs/version_0",
         "test:        python -m src test --ckpt_path lightning_logs/version_0/checkpoints/best.ckpt",
     ]
-    assert len(lines) == 1 + 2 * 2 + 3, "something else is printed"
+    assert lines[1] == "run: lightning_logs/version_0", "who wants to steer it need not wait for its end"
+    assert len(lines) == 2 + 2 * 2 + 3, "something else is printed"
 
 
 def test_the_run_folder_holds_config_checkpoints_and_curves(run: Path) -> None:
