@@ -98,6 +98,10 @@ class ImageClassifier(pl.LightningModule):
         self._trained = [network if compile is None else torch.compile(network, mode=compile, dynamic=False)]
         if selection is not None and compile is not None:
             selection.network.compile(mode=compile, dynamic=False)
+        if compile is not None:
+            # Each size of images or batches and each frozen layer is compiled by itself, as for the proxy; by default
+            # torch leaves a network as it is after eight.
+            torch._dynamo.config.recompile_limit = 64
         if channels_last:
             self.to(memory_format=torch.channels_last)
         # By name, and now: a sharding strategy will flatten the parameters.

@@ -5,8 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
+from src.classifier import ImageClassifier
 from src.cli import main
+from src.data.loader import Batch
+from src.networks import CNN
 from tests.faults.breakers import SMALL, Child
 
 
@@ -20,3 +25,19 @@ def test_compiling_is_told_of_with_the_step_after_which_it_was_paid(tmp_path: Pa
     lines = [line for line in done.out.splitlines() if line.startswith("compile")]
     assert [re.sub(r"\d+\.\d", "N", line) for line in lines] == ["compile: N s by step 1", "compile: N s by step 7"]
     assert all(float(line.split()[1]) > 0 for line in lines)
+
+
+def test_a_network_is_compiled_for_more_kinds_of_steps_than_torch_would_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda network, dynamic, **_: compile_(network, backend=compiler, dynamic=dynamic)
+    )
+    model = ImageClassifier(CNN(), compile="default")
+    for images in range(1, 13):
+        batch = Batch(
+            torch.zeros(images, 3, 32, 32), torch.zeros(images, dtype=torch.int64), torch.arange(images), images
+        )
+        model.training_step(batch, 0)
+    assert compiler.frame_count == 12

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.05)
 
 
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what another process does."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
 def steer(folder: Path, *words: str, status: int = 0) -> str:
     done = run_src("steer", RUN, *words, cwd=folder, status=status)
     return done.stderr if status else done.stdout
@@ -81,6 +89,7 @@ def test_four_terminals(tmp_path: Path) -> None:
 
             assert re.fullmatch(r"step [\d,]+: pause\n", steer(tmp_path, "pause"))
             evaluated = steer(tmp_path, "evaluate")
+            wait_for(lambda: any((run / "live").glob("events.*")), "the first watch writes no curves")
             once = run_src("watch", RUN, "--once", cwd=tmp_path).stdout
             acc = re.search(r"val/acc ([\d.]+)", evaluated)
             seen = re.search(r"live/val_acc ([\d.]+)  live/val_loss [\d.]+  step ([\d,]+), 0 steps \(", once)
