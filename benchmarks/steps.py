@@ -30,7 +30,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, pairwise
 from pathlib import Path
@@ -231,7 +231,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         gc.collect()  # what earlier runs have left: else it may be looked for while the clock runs
         gc.freeze()
         with tempfile.TemporaryDirectory() as folder, _watched(stepped, begun):
-            _fit(o, folder, f"--seed_everything={number}", *cut, *warm_up)
+            _fit(o, folder, f"--seed_everything={number}", *cut, last=warm_up)
         network, views = clock["module"].network.to(DEVICE).eval(), clock["module"].tta
         if o.warm_up and not runs:
             _meet_sizes(network, test)
@@ -362,19 +362,20 @@ def _watched(
         _FitLoop.run = run  # type: ignore[method-assign]
 
 
-def _fit(o: argparse.Namespace, folder: str, *options: str) -> None:
+def _fit(o: argparse.Namespace, folder: str, *options: str, last: Sequence[str] = ()) -> None:
     given = [f"--data.root={o.root}", "--data.val_size=0", f"--trainer.default_root_dir={folder}"]
     given += [f"--data.batch_size={o.batch_size}"] if o.batch_size else []
     given += [f"--model.network={o.network}"] if o.network else []
     given += ["--data.small_epochs=0"] if o.full_size else []
-    if status := main(["fit", f"--config={o.config}", *given, *options, *o.more]):
+    if status := main(["fit", f"--config={o.config}", *given, *options, *o.more, *last]):
         raise SystemExit(status)
 
 
 def _warm_up(o: argparse.Namespace) -> list[str]:
     """Return the options of a fit that meets all kinds of steps of a recipe: a layer freezes, images grow."""
-    small = yaml.safe_load(o.config.read_text())["data"]["init_args"].get("small_epochs", 0)
-    return ["--trainer.max_epochs=5", f"--data.small_epochs={min(4, small)}"]
+    small = [yaml.safe_load(o.config.read_text())["data"]["init_args"].get("small_epochs", 0)] + [0] * o.full_size
+    small += [int(word.partition("=")[2]) for word in o.more if word.startswith("--data.small_epochs=")]
+    return ["--trainer.max_epochs=5", f"--data.small_epochs={min(4, small[-1])}"]
 
 
 @torch.inference_mode()

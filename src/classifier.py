@@ -101,7 +101,7 @@ class ImageClassifier(pl.LightningModule):
         if compile is not None:
             # Each size of images or batches and each frozen layer is compiled by itself, as for the proxy; by default
             # torch leaves a network as it is after eight.
-            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         if channels_last:
             self.to(memory_format=torch.channels_last)
         # By name, and now: a sharding strategy will flatten the parameters.

@@ -150,14 +150,16 @@ class RunRecord(SaveConfigCallback):
         """Write config.yaml, and say where the run is; a run's folder belongs to its fit alone."""
         if stage != "fit" or not trainer.loggers:
             return
-        path = Path(trainer.log_dir or "") / "config.yaml"  # asked for on all ranks: it is broadcast
+        log_dir = trainer.log_dir  # asked for on all ranks: it is broadcast
+        path = Path(log_dir or "") / "config.yaml"
         if not trainer.is_global_zero:
             return
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self._config_text(), encoding="utf-8")
-        sys.stdout.write(f"run: {os.path.relpath(path.parent)}\n")
-        sys.stdout.flush()
+        if log_dir is not None:
+            sys.stdout.write(f"run: {os.path.relpath(log_dir)}\n")
+            sys.stdout.flush()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -146,3 +146,20 @@ def test_the_head_and_the_scale_of_the_logits_can_be_those_of_torch() -> None:
 def test_the_shape_of_a_block_is_checked(argument: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(argument))}: .* is out of range"):
         WhitenedCNN(**argument)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "library", "said"),
+    [
+        ("cpu", "bf16-mixed", object(), "fused: compiled"),
+        ("cpu", "bf16-mixed", None, "fused: by torch's own operations, as its C cannot be compiled here"),
+        ("cpu", "32-true", object(), "fused: by torch's own operations, as it is for bf16"),
+        ("cuda", "bf16-mixed", object(), ""),
+    ],
+)
+def test_a_person_is_told_whether_the_fused_functions_are_those_in_c(
+    device: str, precision: str, library: object, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.networks.whitened.compiled", lambda: library)
+    assert WhitenedCNN(fused=True).remark(device, precision) == said
+    assert WhitenedCNN().remark(device, precision) == ""
