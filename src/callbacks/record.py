@@ -150,16 +150,15 @@ class RunRecord(SaveConfigCallback):
         """Write config.yaml, and say where the run is; a run's folder belongs to its fit alone."""
         if stage != "fit" or not trainer.loggers:
             return
-        log_dir = trainer.log_dir  # asked for on all ranks: it is broadcast
-        path = Path(log_dir or "") / "config.yaml"
-        if not trainer.is_global_zero:
+        log_dir = trainer.log_dir  # asked for on all ranks: it is broadcast; a logger of the user's may have none
+        if log_dir is None or not trainer.is_global_zero:
             return
+        path = Path(log_dir) / "config.yaml"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self._config_text(), encoding="utf-8")
-        if log_dir is not None:
-            sys.stdout.write(f"run: {os.path.relpath(log_dir)}\n")
-            sys.stdout.flush()
+        sys.stdout.write(f"run: {os.path.relpath(log_dir)}\n")
+        sys.stdout.flush()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

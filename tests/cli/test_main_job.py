@@ -293,3 +293,12 @@ def test_gradient_accumulation_shows_the_true_loss(tmp_path: Path, monkeypatch: 
     one, three = (scalars(Path(n) / "lightning_logs/version_0")["train/loss"] for n in ("one", "three"))
     assert [step for step, _ in three] == [1, 2]
     assert three[0][1] == pytest.approx(sum(loss for _, loss in one[:3]) / 3, rel=1e-5)
+
+
+def test_a_logger_without_a_folder_gets_no_config_and_names_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--trainer.logger=lightning.pytorch.loggers.logger.DummyLogger"]) == 0
+    assert "run:" not in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
