@@ -9,9 +9,11 @@ holds a manifest in JSON: format, epoch, step, and the SHA-256 of all bytes befo
 import hashlib
 import importlib
 import io
+import mmap
 import os
 import re
 import struct
+import sys
 import threading
 import zipfile
 from collections import OrderedDict, deque
@@ -166,7 +168,7 @@ def serialize(checkpoint: dict[str, Any], path: Path) -> bytes:
     Raises:
         Failure: If it holds more than plain values and tensors, or memory is used up.
     """
-    return pack(fix(checkpoint, path), path)
+    return bytes(memoryview(pack(fix(checkpoint, path), path)))
 
 
 def fix(checkpoint: dict[str, Any], path: Path) -> Fixed:
@@ -201,7 +203,7 @@ def fix(checkpoint: dict[str, Any], path: Path) -> Fixed:
             raise
 
 
-def pack(fixed: Fixed, path: Path) -> bytes:
+def pack(fixed: Fixed, path: Path) -> bytes | mmap.mmap:
     """Return the bytes of a checkpoint; of a GPU, it waits for the copy alone, not for training.
 
     Raises:
@@ -216,20 +218,47 @@ def pack(fixed: Fixed, path: Path) -> bytes:
             there.record(stream)
         there.synchronize()
         fixed.content, fixed.copied = fetched, None  # only now is the GPU's memory free to be used for something else
-    content, buffer = fixed.content, io.BytesIO()
+    content = fixed.content
+    head = f'{{"format": {FORMAT}, "epoch": {content["epoch"]}, "step": {content["global_step"]}, "sha256": "'
     try:
-        torch.save(content, buffer)
-        head = f'{{"format": {FORMAT}, "epoch": {content["epoch"]}, "step": {content["global_step"]}, "sha256": "'
-        buffer.seek(-2, os.SEEK_END)
-        assert buffer.read() == b"\0\0", "torch writes archives without a comment"
-        buffer.seek(-2, os.SEEK_END)
-        buffer.write(struct.pack("<H", len(head) + 64 + 2) + head.encode())
-        with buffer.getbuffer() as packed:
-            digest = hashlib.sha256(packed).hexdigest()
-        buffer.write(f'{digest}"}}'.encode())
-        return buffer.getvalue()
-    except (MemoryError, RuntimeError) as error:  # torch has words of its own for it
+        with _archive(content) as file:
+            file.seek(-2, os.SEEK_END)
+            assert file.read() == b"\0\0", "torch writes archives without a comment"
+            file.seek(-2, os.SEEK_END)
+            file.write(struct.pack("<H", len(head) + 64 + 2) + head.encode())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0, os.SEEK_END)
+            file.write(f'{digest}"}}'.encode())
+            file.flush()
+            return file.getvalue() if isinstance(file, io.BytesIO) else mmap.mmap(file.fileno(), 0)
+    except (MemoryError, RuntimeError, OSError) as error:  # torch and mmap have words of their own for it
         raise Failure(f"{path} could not be written: out of memory") from error
+
+
+def _archive(content: dict[str, Any]) -> io.BytesIO | io.BufferedRandom:
+    """Return a file in memory with what torch makes of a checkpoint.
+
+    To a file of the system's torch writes by itself. To one of Python's it writes tensor by tensor under the
+    interpreter's lock, and training on a GPU, which is to be told what to do next, waits: for 123 MB 70 ms in all
+    instead of 2.
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        with suppress(OSError, RuntimeError), os.fdopen(os.memfd_create("checkpoint"), "wb") as made:
+            # The number becomes the name of the archive's folder: the same each time, so that equal checkpoints are
+            # equal files.
+            file = os.fdopen(fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, 1000), "w+b")
+            try:
+                torch.save(content, f"/proc/self/fd/{file.fileno()}")
+            except BaseException:
+                file.close()
+                raise
+            return file
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer
 
 
 def _has_room(gpu: torch.device, size: int) -> bool:
@@ -272,7 +301,7 @@ def _fetch(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def commit(content: bytes | bytearray, path: Path) -> None:
+def commit(content: bytes | bytearray | mmap.mmap, path: Path) -> None:
     """Write a file beside its target, bring it to the disk, and only then put it in place of the old one.
 
     Whenever the process or the machine dies, `path` is the old file or the new one, whole.

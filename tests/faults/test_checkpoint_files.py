@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -493,6 +494,18 @@ def test_strange_content_is_refused_in_one_line_or_has_no_influence(
         assert "ckpt" in refused(done, done.status)
 
 
+def test_equal_checkpoints_are_equal_files_and_need_no_file_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    first = serialize(tiny(OLD), path)
+    with path.open("w"):  # another number would be free now
+        assert serialize(tiny(OLD), path) == first
+    monkeypatch.setattr(sys, "platform", "another")
+    commit(serialize(tiny(OLD), path), path)
+    assert read(path)["global_step"] == OLD
+
+
 def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path: Path) -> None:
     path, packed = tmp_path / "bad.ckpt", tmp_path / "packed"
     torch.save(tiny(OLD, size=3_000_000), packed)
@@ -502,8 +515,8 @@ def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path: Path) -> N
     content = path.read_bytes()
     assert len(content) < packed.stat().st_size / 100
 
-    def save(_: Any, buffer: Any) -> None:
-        buffer.write(content)
+    def save(_: Any, target: Any) -> None:
+        Path(target).write_bytes(content)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", save)
