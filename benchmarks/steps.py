@@ -228,6 +228,9 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     for number in [o.seed] * o.warm_up + [o.seed + i for i in range(o.runs)]:
         warm_up = _warm_up(o) if o.warm_up and not runs else []
+        while len(runs) >= o.warm_up and o.hold is not None and o.hold.exists():
+            time.sleep(0.1)
+        gc.unfreeze()
         gc.collect()  # what earlier runs have left: else it may be looked for while the clock runs
         gc.freeze()
         with tempfile.TemporaryDirectory() as folder, _watched(stepped, begun):
@@ -245,6 +248,8 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
             "seed": number, "steps": clock["steps"], "seconds": training + _span(tested, done),
             "training seconds": training, "acc tta": with_views, "acc": without,
         })  # fmt: skip
+        del network
+        clock.clear()  # a run's recordings hold some GB
         counted = runs[o.warm_up :]
         if counted:  # told after each, as there may be no time for all
             means = {
@@ -430,6 +435,7 @@ def command() -> None:
     parser.add_argument("--skip", type=int, default=3, help="steps that are not timed, for warming up")
     parser.add_argument("--block", type=int, default=100, help="steps between two looks at the clock")
     parser.add_argument("--batch_size", type=int, help="instead of the config's")
+    parser.add_argument("--hold", type=Path, help="of recipe: the runs that count wait until this file is gone")
     parser.add_argument("--network", help="instead of the config's, by its class path")
     parser.add_argument("--full_size", action="store_true", help="no small images in the first epochs")
     parser.add_argument("--workers", type=int, default=0, help="of usual: see above")

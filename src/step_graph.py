@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -47,8 +48,8 @@ class StepGraph:
     Args:
         trainer: The Trainer, when it trains.
         autocast: What a forward pass runs under.
-        recorder: Records what a function does, and returns what it returns, which is there after each call of the
-            second.
+        recorder: Records what a function does; returns the function's result, and what does it all again and writes
+            that result anew.
     """
 
     def __init__(
@@ -157,9 +158,12 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, body: Body) -> Recorded:
         """Record what a function does on the GPU, where nothing is done yet; see `StepGraph`."""
+        if not self._graphs:  # torch gives a memory up with the last recording in it, and refuses another one there
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which gives all free memory back: steps of another kind are soon to want it.
         with aside(self.device):
@@ -172,6 +176,7 @@ class Recorder:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        self._graphs.add(graph)
         return done, graph.replay
 
 

@@ -43,7 +43,7 @@ class ImageFiles:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches of the readable files."""
-        device = self.normalize.shift.device
+        device = self.normalize.device
         for start in range(0, len(self.files), self.batch_size):
             pixels, ids = [], []
             for i, path in enumerate(self.files[start : start + self.batch_size], start):

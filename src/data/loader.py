@@ -50,15 +50,18 @@ class Normalize:
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
-        self.shift = torch.tensor([255 * m for m in mean], device=device).expand(1, 1, 3)
-        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).expand(1, 1, 3)
+        self.device = device
+        self._shift = torch.tensor([255 * m for m in mean], device=device)
+        self._scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+        self._whole: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # kept: recorded steps read them where they are
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Map uint8 ``[b, h, w, 3]`` to float32 ``[b, 3, h, w]`` in channels_last layout, which takes no copy."""
-        if self.shift.shape != pixels.shape[1:]:  # a whole image of them is 2.5 times as fast as three numbers are
-            shape = pixels.shape[1:]
-            self.shift, self.scale = (t[-1, -1].expand(shape).contiguous() for t in (self.shift, self.scale))
-        return pixels.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
+        shape = pixels.shape[1:]
+        if shape not in self._whole:  # a whole image of them is 2.5 times as fast as three numbers are
+            self._whole[shape] = self._shift.expand(shape).contiguous(), self._scale.expand(shape).contiguous()
+        shift, scale = self._whole[shape]
+        return pixels.float().sub_(shift).mul_(scale).permute(0, 3, 1, 2)
 
 
 class ResidentLoader:
@@ -215,15 +218,6 @@ class ResidentLoader:
             pixels = augmentation.apply(pixels, draw.index_select(0, rows))
         if self.small_now:
             pixels = resize(pixels.permute(0, 3, 1, 2), [self.small[1]] * 2).permute(0, 2, 3, 1)
-        return self.normalize(pixels), labels
-
-    def plain(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images as they are, and their classes.
-
-        Args:
-            ids: Which images, int64 ``[b]`` on the device.
-        """
-        pixels, labels = self._take(ids)
         return self.normalize(pixels), labels
 
     def _take(self, ids: Tensor) -> tuple[Tensor, Tensor]:
