@@ -17,14 +17,17 @@ def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
 
     >>> join_paths(["predict", "--data.images", "a.png", "b.png", "--trainer.devices", "1"])
     ['predict', '--data.images=["a.png", "b.png"]', '--trainer.devices', '1']
+    >>> join_paths(["predict", "--data.images=a.png"])
+    ['predict', '--data.images=["a.png"]']
     """
     joined, words = [], list(args)
     while words:
         word = words.pop(0)
-        if word != option or (words and words[0].startswith("[")):  # a list already
+        name, _, first = word.partition("=")
+        if name != option or (first or next(iter(words), "")).startswith("["):  # a list already
             joined.append(word)
             continue
-        paths = []
+        paths = [first] if first else []
         while words and not words[0].startswith("--"):
             paths.append(words.pop(0))
         joined.append(f"{option}={json.dumps(paths)}")
@@ -32,7 +35,7 @@ def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
 
 
 def only(args: Sequence[str], options: Iterable[str]) -> list[str]:
-    """Return a command line without all options but some.
+    """Return a command line with none but the named options.
 
     >>> only(["fit", "--data.root", "data", "--ckpt_path", "last"], ["--ckpt_path"])
     ['fit', '--ckpt_path', 'last']

@@ -35,9 +35,11 @@ class ImageClassifier(pl.LightningModule):
 
     Args:
         network: Maps images ``[b, 3, h, w]`` to logits ``[b, num_classes]``.
-        optimizer: Any optimizer of ``torch.optim``, or one of your own. Weight decay is kept off biases and norms.
-        lr_scheduler: A schedule, stepped once an optimizer step; null keeps the lr constant. `src.optim.OneCycle`
-            knows the length of the run by itself.
+        optimizer: An optimizer of ``torch.optim`` or `src.optim`, or one of your own; it has to take several groups of
+            parameters, of any shape, and a step without a closure. Weight decay is kept off biases and norms, but for
+            Muon and DecoupledSGD, which say themselves what decays.
+        lr_scheduler: A schedule, stepped once an optimizer step, ReduceLROnPlateau after each validation; null keeps
+            the lr constant. `src.optim.OneCycle` knows the length of the run by itself.
         label_smoothing: Share of the target spread evenly over all classes while training, in [0, 1). The losses of
             val and test are plain cross entropy.
         num_classes: The number of classes; linked to the data set on the command line.
@@ -47,13 +49,14 @@ class ImageClassifier(pl.LightningModule):
             ``mirror``, also its mirror image; ``six``, also both shifted by a pixel to two sides; ``six_if_unsure``,
             these six where the first leaves a doubt.
         compile: Train a network that ``torch.compile`` has made faster, in this mode (``reduce-overhead``: by CUDA
-            graphs); null does without. It pays in long runs on a GPU; what it costs is printed whenever it does.
+            graphs); null does without. It pays in long runs on a GPU; the time is printed whenever torch compiles.
         selection: Learn the hardest images of each batch alone; null learns all. ``train/loss`` and ``train/acc`` are
             then those of the images that are learned.
         channels_last: Keep weights and activations in NHWC order, which convolutions on most devices are faster in.
 
     Attributes:
         confusion_matrix: Of the last validation or test: images by true class (row) and prediction (column), int64.
+        follows_length: Whether the schedule is one that has to know the length of the run.
         lr_scale: What every lr has been multiplied by since the run began.
         schedule_lrs: The lr of each parameter group as the schedule has it, if `lr_scale` is not 1.
     """
@@ -114,7 +117,13 @@ class ImageClassifier(pl.LightningModule):
         self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         # A bad lr, momentum or schedule is refused now, not when a run has begun.
         trial = self._build_optimizer()
-        self._follows_length = lr_scheduler is not None and isinstance(lr_scheduler(trial), OneCycle)
+        schedule: Any = None if lr_scheduler is None else lr_scheduler(trial)
+        self.follows_length = isinstance(schedule, OneCycle)
+        self._monitor: str | None = None
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._monitor = getattr(schedule, "monitor", "val/loss")  # of Lightning's own; torch's has none
+            if self._monitor not in ("val/loss", "val/acc"):
+                raise ValueError(f"monitor: {self._monitor!r} is not measured; there are val/loss, val/acc")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the weights, but not what builds optimizers: it leads to the command line, the Trainer and the data."""
@@ -133,9 +142,13 @@ class ImageClassifier(pl.LightningModule):
         """Load pretrained weights when a fit starts from scratch; so early that a bad file leaves no run behind."""
         if self.trainer.state.fn != "fit":
             return
-        if self._follows_length and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+        if self.follows_length and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
             raise UsageError(
                 "model.lr_scheduler: OneCycle needs the length of the run: give trainer.max_epochs or max_steps"
+            )
+        if self._monitor is not None and self.trainer.limit_val_batches == 0:
+            raise UsageError(
+                f"model.lr_scheduler: it goes by {self._monitor}, and nothing is validated; see data.val_size"
             )
         if self.trainer.ckpt_path is None:
             for network in self.networks.values():
@@ -321,16 +334,17 @@ class ImageClassifier(pl.LightningModule):
         return average_views(self.network, self._layout(batch.images), self.tta).float()
 
     def on_validation_epoch_end(self) -> None:
-        """Sum the confusion matrix over all ranks, and step a schedule that goes by the loss."""
+        """Sum the confusion matrix over all ranks, and step a schedule that goes by what the validation found."""
         self._sum_confusion()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             for config in self.trainer.lr_scheduler_configs:
                 if config.reduce_on_plateau:
-                    loss: Any = float(self.eval_loss.compute())
-                    self._step_schedule(partial(config.scheduler.step, loss))
+                    metric = self.eval_acc if self._monitor == "val/acc" else self.eval_loss
+                    found: Any = float(metric.compute())
+                    self._step_schedule(partial(config.scheduler.step, found))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a schedule; one that goes by the loss has been stepped by the validation, before anything is saved."""
+        """Step a schedule; one that goes by a validation has been stepped by it, before anything is saved."""
         if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(scheduler.step)
 
@@ -361,7 +375,7 @@ class ImageClassifier(pl.LightningModule):
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         config: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            config = {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": self._monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _build_optimizer(self) -> torch.optim.Optimizer:

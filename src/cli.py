@@ -21,8 +21,16 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from src import __version__
@@ -78,6 +86,13 @@ _HELP = {
 _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
           "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
 
+# Callbacks that change a fit behind its back, so that its checkpoints do not say how to go on.
+_REFUSED: dict[type[pl.Callback], str] = {
+    StochasticWeightAveraging: "take EMAWeightAveraging",
+    LearningRateFinder: "give model.optimizer.lr",
+    BatchSizeFinder: "give data.batch_size",
+}
+
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
           "Loading `train_dataloader`", "Using bfloat16", "Using 16bit", "Seed set to",
@@ -131,9 +146,10 @@ class CLI(LightningCLI):
                 "prog": "python -m src",
                 "version": __version__,
                 "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
-                "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 changes "
-                "how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch --help, steer "
-                "--help and feed --help.",
+                "epilog": "The options of a class: fit --data.help CIFAR10, fit --model.network.help WhitenedCNN, fit "
+                "--model.optimizer.help src.optim.Muon. While a fit trains: watch RUN scores its weights as they "
+                "change, steer RUN lr=0.02 changes how it trains, feed DIR cat.png --label cat gives it images; see "
+                "python -m src watch --help, steer --help and feed --help.",
                 **{name: {"description": text} for name, text in _HELP.items()},
             },
             args=args,
@@ -181,8 +197,8 @@ class CLI(LightningCLI):
             default=1,
             help="Optimizer steps that a fit takes in one go. Signals, checkpoints, the progress bar, the "
             "guard against infinite numbers, steering, feeding and publications wait for the end of a chunk; the "
-            "weights and the curves stay the same. It pays with small batches, whose steps take less time than to "
-            "look after them.",
+            "weights and the curves stay the same. It pays with small batches, whose steps take less time than the "
+            "bookkeeping between them. At least 1.",
         )
         parser.add_argument(
             "--cuda_graph",
@@ -197,7 +213,7 @@ class CLI(LightningCLI):
             type=int | None,
             default=10,
             help="Optimizer steps from one publication of the weights in shared memory to the next, for watch and "
-            "predict --live; null: none.",
+            "predict --live, at least 1; null: none.",
         )
         parser.add_argument(
             "--steering", type=bool, default=True, help="Let a fit be steered while it trains, see steer --help."
@@ -274,10 +290,11 @@ class CLI(LightningCLI):
         changes = {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k)}
         self.changes = {k.replace("/init_args", "").replace("/", "."): v for k, v in changes.items()}
         assert self.checkpoint is not None
+        self.step = step
         folder = run_folder(self.checkpoint)
         elsewhere = config.trainer.default_root_dir != stored.get("trainer", {}).get("default_root_dir")
         if (folder / "config.yaml").is_file() and not (elsewhere or config.new_run):
-            self.resumed, self.step = folder, step
+            self.resumed = folder
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint beat the command line."""
@@ -319,8 +336,8 @@ class CLI(LightningCLI):
         if self.datamodule.val_size == 0:
             config["limit_val_batches"] = 0
         callbacks: list[pl.Callback] = []
-        if config["barebones"]:
-            pass  # Lightning measures itself: no logger, no callbacks
+        if config["barebones"]:  # Lightning measures itself: no logger, no callbacks
+            config["log_every_n_steps"] = None
         elif self.subcommand == "fit":
             curves, signals = Curves(), Signals()
             steered = bool(self._get(self.config_init, "steering"))
@@ -341,7 +358,9 @@ class CLI(LightningCLI):
                 callbacks.append(Publish(every))
             if self.model.hparams["compile"] is not None:
                 callbacks.append(Compiling())
-            if config["enable_progress_bar"] is not False:
+            if any(isinstance(c, pl.callbacks.ProgressBar) for c in _as_list(config["callbacks"])):
+                config["enable_progress_bar"] = True  # the user's own
+            elif config["enable_progress_bar"] is not False:
                 progress = progress_callback(curves)
                 callbacks.append(progress)
                 config["enable_progress_bar"] = isinstance(progress, pl.callbacks.ProgressBar)
@@ -375,16 +394,11 @@ class CLI(LightningCLI):
         if self.subcommand == "validate" and self.datamodule.val_size == 0:
             raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
         self.datamodule.check(self.trainer.world_size)
-        self._check_monitors()
-        if self.subcommand == "fit" and self.datamodule.small_epochs:
-            size = self.datamodule.small_size
-            for network in self.model.networks.values():
-                try:
-                    with torch.no_grad():
-                        network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
-                except RuntimeError as error:
-                    raise UsageError(f"data.small_size: the network takes no images of {size} pixels") from error
-                network.train()
+        self._check_callbacks()
+        if type(self.trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+            raise UsageError("trainer.strategy: what starts its processes out of this one is not supported; take ddp")
+        if self.subcommand == "fit":
+            self._try_sizes()
         if self.live is not None:
             with LiveWeights.open(self.live) as reader:
                 self.take(reader.read(verify=True))
@@ -402,6 +416,20 @@ class CLI(LightningCLI):
                     f"model.{key}: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true"
                 )
 
+    def _try_sizes(self) -> None:
+        """Refuse images that the networks do not take, before there is a run."""
+        sizes = {"model.network": self.datamodule.image_size}
+        if self.datamodule.small_epochs:
+            sizes["data.small_size"] = self.datamodule.small_size
+        for key, size in sizes.items():
+            for network in self.model.networks.values():
+                try:
+                    with torch.no_grad():
+                        network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
+                except RuntimeError as error:
+                    raise UsageError(f"{key}: the network takes no images of {size} pixels ({error})") from error
+                network.train()
+
     def take(self, version: Version) -> None:
         """Give the network the weights of a run that trains, and the callbacks their step."""
         try:
@@ -413,16 +441,27 @@ class CLI(LightningCLI):
                 callback.step = version.step
         self.version = version
 
-    def _check_monitors(self) -> None:
-        """Refuse a callback that waits for what nobody measures: Lightning finds it at the first validation."""
+    def _check_callbacks(self) -> None:
+        """Refuse callbacks whose fits could not be gone on with, or that wait for what nobody measures."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined] # set outside of __init__
-        waiting = [c for c in callbacks if isinstance(c, EarlyStopping)]
+        for callback in callbacks:
+            for kind, instead in _REFUSED.items():
+                if isinstance(callback, kind):
+                    raise UsageError(f"trainer.callbacks: {type(callback).__name__} is not supported: {instead}")
+        if self.model.follows_length and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+            raise UsageError(
+                "trainer.callbacks: GradientAccumulationScheduler: OneCycle would not know the length of the run; "
+                "take trainer.accumulate_grad_batches, or another schedule"
+            )
+        waiting = [c for c in callbacks if isinstance(c, (EarlyStopping, ModelCheckpoint)) and c.monitor is not None]
         if any(c not in waiting and not type(c).__module__.startswith("src.") for c in callbacks):
             return  # another callback may measure it
         stages = ("train", "val") if self.trainer.limit_val_batches else ("train",)
         known = [f"{stage}/{name}" for stage in stages for name in ("loss", "acc")]
         for callback in waiting:
-            if callback.strict and callback.monitor not in known:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor in ("epoch", "step"):
+                continue
+            if getattr(callback, "strict", True) and callback.monitor not in known:
                 raise UsageError(
                     f"trainer.callbacks.monitor: {callback.monitor!r} is not measured; there are {', '.join(known)}"
                 )
@@ -458,28 +497,31 @@ class CLI(LightningCLI):
         if isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error)):
             rank = self.trainer.global_rank
             raise Failure(f"another process of this run has ended, so this one (rank {rank}) ends too") from error
+        restored = not self.trainer._checkpoint_connector._loaded_checkpoint
+        refused = self.trainer.global_step == 0 and not isinstance(error, (Failure, Interrupted))
+        if self.resumed is None and (refused or not restored) and isinstance(self.trainer.logger, RunLogger):
+            self.trainer.logger.discard()
         if _raised_in(error, "torch", "optim"):
-            if self.resumed is None and self.trainer.global_step == 0 and isinstance(self.trainer.logger, RunLogger):
-                self.trainer.logger.discard()
-            raise UsageError(f"model.optimizer: {error}") from error
-        if self.trainer._checkpoint_connector._loaded_checkpoint:  # it has not been restored to the end
-            if self.resumed is None and isinstance(self.trainer.logger, RunLogger):
-                self.trainer.logger.discard()
-            if not isinstance(error, (Failure, UsageError, OSError, MisconfigurationException)):
-                what = f"{type(error).__name__}: {error}"
-                raise Failure(f"ckpt_path: {self.checkpoint} does not fit what is asked for ({what})") from error
+            key = "lr_scheduler" if _raised_in(error, "torch", "optim", "lr_scheduler.py") else "optimizer"
+            raise UsageError(f"model.{key}: {error}") from error
+        if not restored and not isinstance(error, (Failure, UsageError, OSError, MisconfigurationException)):
+            what = f"{type(error).__name__}: {error}"
+            raise Failure(f"ckpt_path: {self.checkpoint} does not fit what is asked for ({what})") from error
 
     def after_fit(self) -> None:
         """End with where the run is, how to look at it, and how to test it."""
         trainer, log_dir = self.trainer, self.trainer.log_dir  # asked for on all ranks: it is broadcast
-        if not trainer.is_global_zero or log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
+        if not trainer.is_global_zero or log_dir is None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined] # set outside of __init__
             return
         folder = Path(os.path.relpath(log_dir))
-        callback = next(iter(trainer.checkpoint_callbacks), None)
+        callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
+        if self.checkpoint is not None and trainer.global_step == self.step:
+            _say("note: no step was left to take; --trainer.max_epochs or max_steps, with more, trains for longer")
         _say(f"run:         {folder}")
-        if trainer.loggers:
-            _say(f"TensorBoard: tensorboard --logdir {folder}")
-        if isinstance(callback, Checkpoint) and callback.best is not None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                _say(f"TensorBoard: tensorboard --logdir {os.path.relpath(logger.log_dir)}")
+        if callback is not None and callback.best is not None:
             # Classes of the user's own are not trusted in a checkpoint, but are in a config.
             own = not all(name.startswith(TRUSTED) for name in class_paths(self.config[self.subcommand].as_dict()))
             config = f" --config {folder / 'config.yaml'}" if own else ""
@@ -538,7 +580,7 @@ def _say(line: str) -> None:
 def _raised_in(error: BaseException, *package: str) -> bool:
     """Return whether a package itself raised an error: then it is about what was asked of it, not a bug of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "/".join(["", *package, ""]) in Path(frames[-1].filename).as_posix()
+    return bool(frames) and "/".join(["", *package, ""]) in f"{Path(frames[-1].filename).as_posix()}/"
 
 
 def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = CLI) -> int:

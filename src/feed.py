@@ -61,9 +61,9 @@ def _do(options: argparse.Namespace) -> str:
     if options.relabel:
         sample, label = options.relabel
         id = correct(folder, _sample(sample), label)
-        return f"relabelled {sample} as {label} ({id})"
+        return f"asked to relabel {sample} as {label} ({id})"
     id = correct(folder, _sample(options.drop), None)
-    return f"dropped {options.drop} ({id})"
+    return f"asked to drop {options.drop} ({id})"
 
 
 def _list(paths: Sequence[Path]) -> list[Path]:

@@ -50,7 +50,7 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
     if found := re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message):
         return f"unknown sub-command {found[1]!r}; choose from {found[2].replace(chr(39), '')}, watch, steer, feed"
     if found := re.search(r"expected \"subcommand\" to be one of \{(.+)\}", message):
-        return f"give a sub-command: {found[1].replace(',', ', ')}"
+        return f"give a sub-command: {found[1].replace(',', ', ')}, watch, steer, feed"
     if found := re.search(r"Parser key \"config\": File does not exist: '(.+)'", message):
         return f"config: there is no file {found[1]}"
     if message.startswith("Problems parsing config"):

@@ -18,8 +18,8 @@ class Selection(nn.Module):
     """Leaves out the images of each batch that are known well enough, so that a step takes less time.
 
     The proxy sees all images of a batch, and is trained beside the network, by the same optimizer, on what it chooses.
-    It is for long runs: as long as little has been learned, the hardest images are not those that teach most, and a
-    network that sees no others may not begin to learn at all, the less so the more seldom the proxy learns.
+    It is for long runs: as long as little has been learned, the hardest images are not those that teach most. A network
+    that sees only them may not begin to learn at all, above all where the proxy learns seldom.
     A batch whose images are shared out among devices is chosen from on each of them; so is the mean by their weights.
 
     Args:

@@ -124,6 +124,8 @@ def _print_answer(command: Command, answer: dict[str, Any]) -> None:
 def _print_history(run: Path) -> None:
     if not run.is_dir():
         raise Failure(f"{run}: there is no such folder; give that of a run")
+    if not (run / "config.yaml").is_file() and not (run / "live").is_dir():
+        raise Failure(f"{run} is not the folder of a run")
     for line in Journal(run / "live" / "journal.jsonl").read():
         when = "?"
         with suppress(OverflowError, ValueError, OSError):  # a stranger's line

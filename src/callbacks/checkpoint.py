@@ -22,8 +22,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
     The last is written at the end of each epoch, as often as asked for in between, and when a signal ends the run.
 
     Args:
-        monitor: What ``best`` means. Without a val split the best checkpoint is the last epoch's.
-        mode: Whether more (``max``) or less (``min``) of it is better.
+        monitor: What ``best`` means: the highest val/acc or the lowest val/loss. Without a val split the best
+            checkpoint is the last epoch's.
+        mode: Whether more (``max``) or less (``min``) of it is better; null: as `monitor` says.
         every_n_steps: Optimizer steps from one ``last.ckpt`` to the next, at least 1; null: only by the epoch and
             the clock.
         every_n_minutes: Minutes from one ``last.ckpt`` to the next within an epoch, above 0; null: not by the clock.
@@ -34,7 +35,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def __init__(
         self,
         monitor: Literal["val/acc", "val/loss"] = "val/acc",
-        mode: Literal["max", "min"] = "max",
+        mode: Literal["max", "min"] | None = None,
         every_n_steps: int | None = None,
         every_n_minutes: float | None = 5.0,
     ) -> None:
@@ -42,14 +43,14 @@ class Checkpoint(pl.callbacks.Checkpoint):
             raise ValueError(f"every_n_steps: {every_n_steps} is out of range: at least 1, or null")
         if every_n_minutes is not None and not every_n_minutes > 0:
             raise ValueError(f"every_n_minutes: {every_n_minutes} is out of range: above 0, or null")
-        self.monitor, self.mode = monitor, mode
+        self.monitor, self.mode = monitor, mode or ("min" if monitor == "val/loss" else "max")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.folder: Path | None = None
         self.best_score: float | None = None
         self._due = False
         self._step = 0
         self._saved_at = 0.0
-        self._position: Position = "batch"
+        self._position: Position | None = None
 
     @property
     def best(self) -> Path | None:
@@ -123,7 +124,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say from where a resumed fit goes on."""
-        mark_position(checkpoint, self._position)
+        mark_position(checkpoint, self._position or position_of(trainer))
 
     def request(self) -> None:
         """Have the last checkpoint written at the end of this step."""
@@ -151,8 +152,22 @@ class Checkpoint(pl.callbacks.Checkpoint):
             return
         self._position = position
         trainer.save_checkpoint(self.folder / f"{name}.ckpt", weights_only=False)
+        self._position = None
         if name == "last":
             self._due, self._saved_at = False, time.monotonic()
+
+
+def position_of(trainer: pl.Trainer) -> Position:
+    """Return where a run stands that is saved by something else: a ``ModelCheckpoint``, or code of the user's own."""
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress.current
+    if trainer.validating:
+        return "validated"
+    if batches.completed == batches.ready:
+        return "epoch" if loop._num_ready_batches_reached() else "cut short"
+    if validation_follows(trainer):
+        return "validation"
+    return "epoch" if loop._num_ready_batches_reached() else "batch"
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:

@@ -84,10 +84,6 @@ class Sums:
     def unpack(cls, packed: dict[str, Any], device: torch.device, keep: bool) -> "Sums":
         """Undo `pack`: one rank keeps the sums, the others begin with zeros."""
         sums, images = packed["sums"], packed["images"]
-        if isinstance(images, list):  # as an earlier format has it: a row for each step
-            sums, images = (sums.sum(0) if images else None), sum(images)
-        if sums is not None and len(sums) == 2:  # as an earlier version has it: all were learned
-            sums = torch.cat([sums, sums.new_tensor([images])])
         if sums is not None:
             sums = (sums if keep else torch.zeros_like(sums)).to(device)
         return cls(sums, images)
@@ -232,7 +228,7 @@ class Curves(pl.Callback):
             if copied is not None:
                 copied.synchronize()
             values = {**_means(sums), **rates}
-            self.latest |= values
+            self.latest |= {"lr": next(iter(rates.values())), **values}  # of several, the first group's
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
 

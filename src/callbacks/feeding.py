@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
 from src.callbacks.controls import recount
+from src.callbacks.resume import data_of
 from src.classifier import ImageClassifier
-from src.data import Batch, ImageData, ResidentLoader
+from src.data import Batch, ResidentLoader
 from src.data.growth import Growth
 from src.errors import Failure
-from src.live.feeder import Correction, Feeder, Refused, Segment, Source, digests, read_segment, segment_path
+from src.live.feeder import Correction, Feeder, Refused
 from src.live.journal import Journal
 from src.live.replay import Intervention, fed_facts
+from src.live.segments import Segment, Source, digests, read_segment, segment_path
 
 WINDOW = 1000
 """Images of the sliding window of the prequential curves."""
@@ -114,7 +116,7 @@ class Feeding(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Say where the segments are that a fit goes on with."""
-        data = _data(trainer)
+        data = data_of(trainer)
         self._feeds = stage == "fit" and data.feed is not None
         if self._feeds and self.source is not None:
             data.store = self.source / "live" / "segments"
@@ -123,7 +125,7 @@ class Feeding(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the sums in progress; what joined before reaches the disk before the checkpoint does."""
-        if _data(trainer).feed is None:
+        if data_of(trainer).feed is None:
             return
         if self._journal is not None:
             self._journal.sync()
@@ -138,7 +140,7 @@ class Feeding(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to look at the folder."""
-        data, folder = _data(trainer), trainer.log_dir  # asked for on all ranks: it is broadcast
+        data, folder = data_of(trainer), trainer.log_dir  # asked for on all ranks: it is broadcast
         if data.feed is None or not trainer.is_global_zero:
             return
         if not trainer.loggers or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
@@ -177,7 +179,7 @@ class Feeding(pl.Callback):
 
     def _bring_over(self, trainer: pl.Trainer) -> None:
         """Let a run that goes on in a folder of its own have the segments that it was fed before."""
-        store = _data(trainer).store
+        store = data_of(trainer).store
         if store is None or self._store is None or store.resolve() == self._store.resolve():
             return
         for event in _growth(trainer).events:
@@ -274,7 +276,7 @@ class Feeding(pl.Callback):
         Raises:
             Failure: If the segment is missing or has been changed, the config has no feed, or the data are others.
         """
-        if _data(trainer).feed is None:
+        if data_of(trainer).feed is None:
             raise Failure(
                 f"data.feed: the journal says that images were fed at step {done.step}; name the folder again"
             )
@@ -298,7 +300,7 @@ class Feeding(pl.Callback):
         else:
             id, label = facts["id"], facts["label"]
             known = bool((_loader(trainer).ids == id).any())
-            if not known or not (label is None or 0 <= label < len(_data(trainer).classes)):
+            if not known or not (label is None or 0 <= label < len(data_of(trainer).classes)):
                 raise Failure(
                     f"journal: what was put right at step {done.step} is no image, or no class, of these data"
                 )
@@ -322,7 +324,7 @@ class Feeding(pl.Callback):
 
     def _apply(self, trainer: pl.Trainer, correction: Correction, id: int, record: Record) -> None:
         loader, growth, label = _loader(trainer), _growth(trainer), correction.label
-        classes = _data(trainer).classes
+        classes = data_of(trainer).classes
         line = {
             "name": str(id),
             "before": classes[growth.label(id)],
@@ -364,7 +366,7 @@ def score(trainer: pl.Trainer, module: ImageClassifier, segment: Segment) -> tup
     Returns:
         The loss of each, float64 ``[n]``, and whether it was told right, bool ``[n]``; both on the CPU.
     """
-    loader, size = _loader(trainer), _data(trainer).eval_batch_size
+    loader, size = _loader(trainer), data_of(trainer).eval_batch_size
     device = loader.pixels.device
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
@@ -402,12 +404,6 @@ def _copy(path: Path, other: Path) -> None:
             shutil.copyfile(path, other)
         except OSError as error:
             raise Failure(f"{path}: the images that were fed cannot be read ({error.strerror})") from error
-
-
-def _data(trainer: pl.Trainer) -> ImageData:
-    data = trainer.datamodule  # type: ignore[attr-defined] # set outside of __init__
-    assert isinstance(data, ImageData)
-    return data
 
 
 def _loader(trainer: pl.Trainer) -> ResidentLoader:

@@ -50,6 +50,8 @@ class Report(pl.Callback):
         if not trainer.is_global_zero:
             return
         results = self._print(trainer, pl_module, "test")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
+            return  # a batch is no test
         assert isinstance(pl_module, ImageClassifier)
         (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
         figure = confusion_figure(pl_module.confusion_matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]

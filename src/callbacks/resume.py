@@ -51,7 +51,7 @@ class Resume(pl.Callback):
     ) -> None:
         """Keep what the data were, how they were cut into batches, and on what machine."""
         drawn = loader.drawn if isinstance(loader := trainer.train_dataloader, ResidentLoader) else 0
-        checkpoint["data"] = {"fingerprint": _data(trainer).fingerprint, "drawn": drawn, **self._order_of(trainer)}
+        checkpoint["data"] = {"fingerprint": data_of(trainer).fingerprint, "drawn": drawn, **self._order_of(trainer)}
         checkpoint["machine"] = _machine(trainer)
 
     def on_load_checkpoint(
@@ -61,7 +61,7 @@ class Resume(pl.Callback):
         if trainer.state.fn != "fit":
             return
         found, own = checkpoint["data"], self._order_of(trainer)
-        if found["fingerprint"] != _data(trainer).fingerprint:
+        if found["fingerprint"] != data_of(trainer).fingerprint:
             raise Failure(
                 "ckpt_path: the checkpoint was trained on other images or labels than data gives now; "
                 "resume with the data it was made with, or start anew"
@@ -77,7 +77,7 @@ class Resume(pl.Callback):
                         f"images would be left out or repeated; change it at the end of an epoch"
                     )
             self._start = found["drawn"]
-            data = _data(trainer)
+            data = data_of(trainer)
             if data.feed is None:  # else it is not known yet how many there are
                 self._check_place(len(data.split()[0]))
         self._resumed = True
@@ -101,7 +101,7 @@ class Resume(pl.Callback):
                 requested={"forks": True} if self.forks else None,
                 effective=now or None,
             )
-        self._seed = _data(trainer).seed
+        self._seed = data_of(trainer).seed
         self._reseeds = [torch.default_generator.manual_seed]
         device = pl_module.device
         if device.type == "cuda":
@@ -147,7 +147,7 @@ class Resume(pl.Callback):
     def _order_of(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Return what decides which images are in which batch."""
         if not self._order:
-            data = _data(trainer)
+            data = data_of(trainer)
             ids = data.split()[0]
             split = hashlib.sha256(ids.numpy().data).hexdigest()
             self._order = {"seed": data.seed, "split": split, "window": data.replay_only}
@@ -168,7 +168,8 @@ def count_batches(trainer: pl.Trainer, total: int) -> None:
     total = min(total, limit) if isinstance(limit, int) else int(total * limit)
     combined.limits = [total]
     fetcher.length = loop.max_batches = total
-    if isinstance(interval := trainer.val_check_interval, float):
+    interval = getattr(trainer, "val_check_interval", None)  # not there where it is a time
+    if isinstance(interval, float):
         trainer.val_check_batch = max(1, int(total * interval))
 
 
@@ -217,7 +218,8 @@ def mark_position(checkpoint: dict[str, Any], position: Position) -> None:
         loops["epoch_loop.val_loop.batch_progress"] |= {"total": begun, "current": dict(begun)}
 
 
-def _data(trainer: pl.Trainer) -> ImageData:
+def data_of(trainer: pl.Trainer) -> ImageData:
+    """Return the data of a fit."""
     data = trainer.datamodule  # type: ignore[attr-defined] # set outside of __init__
     assert isinstance(data, ImageData)
     return data

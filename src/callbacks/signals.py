@@ -43,7 +43,7 @@ class Signals(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End between two epochs: the last one's end has been saved."""
         if trainer.global_step and self._asked(trainer):
-            self._leave(trainer, None)
+            self.leave(trainer, None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -54,9 +54,9 @@ class Signals(pl.Callback):
         self._step = trainer.global_step
         if self._asked(trainer) and not 0 <= trainer.max_steps <= trainer.global_step:
             if validation_follows(trainer):
-                self._leave(trainer, "validation")
+                self.leave(trainer, "validation")
             if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-                self._leave(trainer, "batch")
+                self.leave(trainer, "batch")
 
     def on_validation_batch_end(
         self,
@@ -75,20 +75,33 @@ class Signals(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
             if isinstance(callback, WeightAveraging):  # it has put the averaged weights in place of the trained ones
                 callback.on_validation_epoch_end(trainer, pl_module)
-        self._leave(trainer, "epoch" if trainer.sanity_checking else "validation")
+        self.leave(trainer, "epoch" if trainer.sanity_checking else "validation")
 
-    def leave(self, trainer: pl.Trainer, number: int | None, position: Position | None) -> None:
-        """End between two steps.
+    def leave(self, trainer: pl.Trainer, position: Position | None, number: int | None = None) -> None:
+        """Save, if that has not been done, and end.
 
         Args:
             trainer: The Trainer.
-            number: The signal; none for the one that has come, 0 if it is a command that ends the run.
             position: Where the run stands; none if it has been saved.
+            number: The signal; none for the one that has come, 0 if it is a command that ends the run.
 
         Raises:
             Interrupted: Always.
         """
-        self._leave(trainer, position, number)
+        number = (self.received or signal.SIGTERM) if number is None else number
+        callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
+        if callback is None or callback.folder is None:
+            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
+        if position is not None:
+            callback.save_now(trainer, position)
+        callback.wait(trainer)
+        if not (callback.folder / "last.ckpt").is_file():
+            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
+        path = os.path.relpath(callback.folder / "last.ckpt")
+        raise Interrupted(
+            number,
+            f"at step {trainer.global_step}; go on with: python -m src fit --ckpt_path {Path(path)}",
+        )
 
     def _listen(self, trainer: pl.Trainer) -> None:
         """Listen in place of Lightning, which gives the signals back to whoever had them before when the fit ends."""
@@ -109,20 +122,3 @@ class Signals(pl.Callback):
 
     def _asked(self, trainer: pl.Trainer) -> bool:
         return trainer.strategy.reduce_boolean_decision(self.received > 0, all=False)
-
-    def _leave(self, trainer: pl.Trainer, position: Position | None, number: int | None = None) -> None:
-        """Save, if that has not been done, and end."""
-        number = (self.received or signal.SIGTERM) if number is None else number
-        callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
-        if callback is None or callback.folder is None:
-            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
-        if position is not None:
-            callback.save_now(trainer, position)
-        callback.wait(trainer)
-        if not (callback.folder / "last.ckpt").is_file():
-            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
-        path = os.path.relpath(callback.folder / "last.ckpt")
-        raise Interrupted(
-            number,
-            f"at step {trainer.global_step}; go on with: python -m src fit --ckpt_path {Path(path)}",
-        )

@@ -18,11 +18,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.controls import controls_of, set_total_steps, snapshot
 from src.callbacks.feeding import Feeding
-from src.callbacks.resume import Position
+from src.callbacks.resume import Position, data_of
 from src.callbacks.signals import Signals
 from src.checkpoint_io import manifest
 from src.classifier import ImageClassifier
-from src.data import ImageData
 from src.errors import Failure
 from src.live.commands import Command, Refusal
 from src.live.inbox import Inbox
@@ -87,7 +86,7 @@ class Steering(pl.Callback):
         """Go on with what had been steered, unless the command line says otherwise."""
         if trainer.state.fn != "fit":
             return
-        found, data = checkpoint["steering"], _data(trainer)
+        found, data = checkpoint["steering"], data_of(trainer)
         self._done, self._done_step = [str(id) for id in found["done"]], checkpoint["global_step"]
         self._start = self._done_step, set(self._done)
         self._resized = bool(found["resized"])
@@ -174,7 +173,7 @@ class Steering(pl.Callback):
             self._take(trainer, module, loop)
         while self._paused or self._feeding.starves(trainer):
             if trainer.strategy.reduce_boolean_decision(self._signals.received > 0, all=False):
-                self._signals.leave(trainer, None, _position(trainer))
+                self._signals.leave(trainer, _position(trainer))
             if self._paused and self._inbox is not None:
                 self._inbox.wait(_PAUSE_POLL)
             else:
@@ -185,7 +184,7 @@ class Steering(pl.Callback):
     def _waiting(self, trainer: pl.Trainer) -> bool:
         waiting = self._inbox is not None and bool(self._inbox.waiting)
         waiting = waiting or (self._feeding.waiting and not self._paused and not self._joins_again)
-        if trainer.world_size == 1 or not (self.takes_commands or _data(trainer).feed is not None):
+        if trainer.world_size == 1 or not (self.takes_commands or data_of(trainer).feed is not None):
             return waiting
         return trainer.strategy.reduce_boolean_decision(waiting, all=False)
 
@@ -200,7 +199,7 @@ class Steering(pl.Callback):
         if self._paused or self._joins_again:
             return
         items = self._feeding.items()
-        if trainer.world_size > 1 and _data(trainer).feed is not None:
+        if trainer.world_size > 1 and data_of(trainer).feed is not None:
             items = trainer.strategy.broadcast(items)
         record = partial(self._record, trainer, journaled=False, sync=False)
         if items and self._feeding.take(trainer, module, items, record):
@@ -244,7 +243,7 @@ class Steering(pl.Callback):
             if command.do == "stop":
                 if self._inbox is not None:
                     self._inbox.done(command, {"result": result})
-                self._signals.leave(trainer, 0, None)
+                self._signals.leave(trainer, None, 0)
             return {"result": result}
         if self._paused == (command.do == "pause"):
             raise Refusal(f"{command.do}: the run is {'paused already' if self._paused else 'not paused'}")
@@ -403,12 +402,6 @@ def _show(trainer: pl.Trainer, text: str) -> None:
 def _position(trainer: pl.Trainer) -> Position | None:
     """Return where the run stands between two steps; at the start of an epoch, the end of the last has been saved."""
     return "validated" if trainer.fit_loop.epoch_loop.batch_progress.current.ready else None
-
-
-def _data(trainer: pl.Trainer) -> ImageData:
-    data = trainer.datamodule  # type: ignore[attr-defined] # set outside of __init__
-    assert isinstance(data, ImageData)
-    return data
 
 
 def _text(value: Any) -> str:

@@ -229,8 +229,8 @@ class EpochOrder:
         Args:
             ids: Which.
             place: Images of the epoch that have been drawn.
-            least: If fewer would be left to draw in an epoch that has begun, it ends as it would have; one that has
-                not waits for others.
+            least: If fewer than this would be left to draw, an epoch that has begun keeps its rest, and one that has
+                not waits for more images.
         """
         self.ids = self.ids[~torch.isin(self.ids, ids)]
         rest = self.order[place:]

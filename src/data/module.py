@@ -30,8 +30,9 @@ class ImageData(pl.LightningDataModule):
     """Splits, orders, augments and serves a data set of labelled images.
 
     Args:
-        batch_size: Images in an optimizer step, over all devices together, at least 1.
-        eval_batch_size: Images in a step of validation, test or prediction, likewise.
+        batch_size: Images in a batch, over all devices together, at least 1; ``trainer.accumulate_grad_batches`` of
+            them make an optimizer step.
+        eval_batch_size: Images in a batch of validation, test or prediction, likewise.
         val_size: Left out of training for validation: a number of images (0 for none), or a share between 0 and 1.
             Stratified, and the same for every run with the same `split_seed`.
         train_fraction: Train on this share of what is left, above 0, up to 1; or 0 with `feed`, to learn from what is
@@ -54,6 +55,10 @@ class ImageData(pl.LightningDataModule):
         seed: Seed of order and augmentation; linked to ``seed_everything`` on the command line.
 
     Attributes:
+        classes: The names of the classes, in the order of their labels; set by a subclass, as the next three.
+        mean: Mean of each channel over the train set, in units of the full range (0 to 1).
+        std: Standard deviation of each channel, likewise.
+        image_size: Height and width of the images, pixels.
         store: The folder of the segments that have been fed to a run, for a fit that goes on.
     """
 
@@ -95,7 +100,7 @@ class ImageData(pl.LightningDataModule):
             raise ValueError("samples_per_class and train_fraction exclude each other: give one of them")
         if small_epochs < 0:
             raise ValueError(f"small_epochs: {small_epochs} is out of range: 0 or more epochs")
-        if not 8 <= small_size <= self.image_size:
+        if not 8 <= small_size <= max(self.image_size, 0 if small_epochs else 24):  # the default is for larger images
             raise ValueError(f"small_size: {small_size} is out of range: 8 to {self.image_size} pixels")
         for name, number in (("feed_room", feed_room), ("replay_only", replay_only)):
             if number is not None and not 1 <= number <= 100_000_000:
@@ -260,6 +265,12 @@ class ImageData(pl.LightningDataModule):
         device = self._device()
         if part not in self._parts:
             self._parts[part] = self.load(part)
+            given, size = list(self._parts[part][0].shape[1:]), self.image_size
+            if given != [size, size, 3]:
+                name = type(self).__name__
+                raise UsageError(
+                    f"data: {name}.load returns images of shape {given}; its image_size asks for {[size, size, 3]}"
+                )
             if part == "train":  # beside all else that is to be done before the first checkpoint asks for it
                 self._hashing = threading.Thread(target=self._hash, args=(self._parts[part],))
                 self._hashing.start()

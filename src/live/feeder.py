@@ -26,9 +26,7 @@ from typing import Any, NamedTuple
 
 import src
 from src.errors import Failure
-from src.live.segments import DIGEST, Segment, Source, digests, read_segment, segment_path
-
-__all__ = ["Correction", "Feeder", "Refused", "Segment", "Source", "digests", "read_segment", "segment_path"]
+from src.live.segments import DIGEST, Segment, Source, read_segment
 
 RESTARTS = 10
 """Times that the process is started again in a run."""

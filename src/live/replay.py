@@ -44,7 +44,8 @@ class Intervention(NamedTuple):
 def interventions(lines: Iterable[dict[str, Any]]) -> list[Intervention]:
     """Return what the lines of a journal say was done, a transaction as one, in the order of the lines.
 
-    What was set later than the step at which the run went on with another value from the command line is void.
+    Where the command line of a resumed run gave a value another, what steering set later than the step it went on from
+    is left out.
     """
     found: list[Intervention] = []
     for (step, kind, id), group in groupby(lines, key=lambda line: (line["step"], line["kind"], line["id"])):

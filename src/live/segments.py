@@ -1,6 +1,6 @@
 """The files that fed images wait in: ``.npz`` with pixels, labels and names, each known by its SHA-256.
 
-read_segment(Path("lightning_logs/version_0/live/feed/000000.npz"), sha256)
+read_segment(Path("lightning_logs/version_0/live/segments/000000.npz"), sha256)
 """
 
 import hashlib

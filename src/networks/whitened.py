@@ -25,14 +25,14 @@ class WhitenedCNN(Network):
 
     With three convolutions a block, a residual connection leads around the last two.
 
-    Takes float images ``[b, 3, h, w]`` of at least 17 pixels a side.
+    Takes float images ``[b, 3, h, w]`` of at least 9 pixels a side.
 
     Args:
         num_classes: The number of classes.
-        widths: Channels of the three blocks.
+        widths: Channels of the three blocks, at least 24 each.
         bn_momentum: Share of a batch in BatchNorm's running statistics, in (0, 1]; 0.4 suits batches of 2,000 images;
             batches of n want 1 - 0.6 ** (n / 2000).
-        whiten_bias_epochs: Epochs, from the first, in which the whitening's bias is learned.
+        whiten_bias_epochs: Epochs, from the first, in which the whitening's bias is learned, at least 0.
         convs: Convolutions a block, 2 or 3.
         unit_head: Whether the head's weights begin with a standard deviation of 1; if not, they begin as torch's do.
         logit_divisor: What the logits are divided by, above 0. With SGD it is a part of the head's lr: what a step
@@ -57,6 +57,8 @@ class WhitenedCNN(Network):
             raise ValueError(f"bn_momentum: {bn_momentum} is out of range: above 0, up to 1")
         if min(widths) < 24:
             raise ValueError(f"widths: {list(widths)} is out of range: at least 24 channels")
+        if whiten_bias_epochs < 0:
+            raise ValueError(f"whiten_bias_epochs: {whiten_bias_epochs} is out of range: 0 or more epochs")
         if convs not in (2, 3):
             raise ValueError(f"convs: {convs} is out of range: 2 or 3 convolutions")
         if not 0 < logit_divisor < math.inf:

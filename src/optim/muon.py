@@ -27,8 +27,9 @@ class Muon(Optimizer):
             convolutions; the lrs of its matrices and vectors are changed in proportion.
         lr: For convolutions, at least 0.
         momentum: For convolutions, in [0, 1).
-        head_lr: Lr of matrices (linear layers), of the mean loss.
-        bias_lr: Lr of vectors, of the mean loss.
+        head_lr: Lr of matrices (linear layers), of the mean loss, at least 0. It and `bias_lr` suit
+            `src.networks.WhitenedCNN`, whose logits are divided by 256; for `src.networks.CNN` take some 0.02.
+        bias_lr: Lr of vectors, of the mean loss, at least 0; for `src.networks.CNN` some 0.4.
         sgd_momentum: Momentum of matrices and vectors, in [0, 1).
         weight_decay: Of matrices and vectors, by what it takes from a weight at full lr: lr × weight decay in the words
             of torch. In [0, 1).

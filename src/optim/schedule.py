@@ -79,7 +79,7 @@ class OneCycle(LRScheduler):
         return self._factor(self._place(step))
 
     def _place(self, step: float) -> float:
-        """Return the step of a run of `total_steps` at which the schedule stood where it stands at a step of this."""
+        """Map a step of a run that was stretched to the step of a plain one that has the same lr."""
         if self._bend is None:
             return step
         begin, place, total = self._bend

@@ -10,6 +10,8 @@ from src.checkpoint_io import commit, serialize
 from src.cli import main
 from tests.conftest import CONFIGS, TINY, run_src
 
+LIGHTNING = "lightning.pytorch.callbacks"
+
 BAD_ARGUMENTS = [
     (["fit", "--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs?"),
     (["fit", "--trainr.max_epochs=3"], "unknown option --trainr.max_epochs; did you mean --trainer.max_epochs?"),
@@ -17,7 +19,7 @@ BAD_ARGUMENTS = [
     (["fit", "--model.optimizer.lrr", "3"], "unknown key model.optimizer.lrr; did you mean model.optimizer.lr?"),
     (["fit", "stray"], "'stray' is not an option"),
     (["fitt"], "unknown sub-command 'fitt'; choose from fit, validate, test, predict"),
-    ([], "give a sub-command: fit, validate, test, predict"),
+    ([], "give a sub-command: fit, validate, test, predict, watch, steer, feed"),
     (["fit", "--config", "nowhere.yaml"], "config: there is no file"),
     (["fit", "--trainer.max_epochs", "many"], "trainer.max_epochs: 'many' is not valid; expected a whole number"),
     (["fit", "--data.batch_size", "big"], "data.batch_size: 'big' is not valid; expected a whole number"),
@@ -128,6 +130,49 @@ BAD_ARGUMENTS = [
     (["fit", "--guard.lr_factor", ".inf"], "guard.lr_factor: inf is out of range"),
     (["fit", "--guard.lr_factor", "-0.5"], "guard.lr_factor: -0.5 is out of range"),
     (["fit", "--guard.on_nonfinite", "hope"], "guard.on_nonfinite: 'hope' is not valid; expected one of stop, "),
+    (
+        [
+            *("fit", f"--trainer.callbacks={LIGHTNING}.StochasticWeightAveraging"),
+            *("--trainer.callbacks.swa_lrs=0.1", "--trainer.callbacks.device=null"),
+        ],
+        "trainer.callbacks: StochasticWeightAveraging is not supported: take EMAWeightAveraging",
+    ),
+    (
+        ["fit", f"--trainer.callbacks={LIGHTNING}.LearningRateFinder"],
+        "trainer.callbacks: LearningRateFinder is not supported: give model.optimizer.lr",
+    ),
+    (
+        ["fit", f"--trainer.callbacks={LIGHTNING}.BatchSizeFinder"],
+        "trainer.callbacks: BatchSizeFinder is not supported: give data.batch_size",
+    ),
+    (
+        [
+            *("fit", "--model.lr_scheduler=OneCycle", "--trainer.callbacks"),
+            f"{{class_path: {LIGHTNING}.GradientAccumulationScheduler, init_args: {{scheduling: {{0: 2}}}}}}",
+        ],
+        "trainer.callbacks: GradientAccumulationScheduler: OneCycle would not know the length of the run",
+    ),
+    (
+        ["fit", f"--trainer.callbacks={LIGHTNING}.ModelCheckpoint", "--trainer.callbacks.monitor=val_acc"],
+        "trainer.callbacks.monitor: 'val_acc' is not measured; there are train/loss, train/acc, val/loss, val/acc",
+    ),
+    (
+        ["fit", "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=loss"],
+        "model.lr_scheduler.monitor: 'loss' is not measured; there are val/loss, val/acc",
+    ),
+    (
+        ["fit", *TINY, "--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "--data.val_size=0"],
+        "model.lr_scheduler: it goes by val/loss, and nothing is validated; see data.val_size",
+    ),
+    (
+        ["fit", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_spawn"],
+        "trainer.strategy: what starts its processes out of this one is not supported; take ddp",
+    ),
+    (
+        ["fit", "--model.network=WhitenedCNN", "--model.network.whiten_bias_epochs=-3"],
+        "model.network.whiten_bias_epochs: -3 is out of range: 0 or more epochs",
+    ),
+    (["fit", *TINY, "--trainer.val_check_interval=100"], "`val_check_interval` (100) must be less than or equal"),
     (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
     (["validate"], "validate needs weights"),
     (["predict"], "predict needs weights"),
@@ -167,7 +212,7 @@ def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert not Path("lightning_logs").exists(), "a run folder was left behind"
+    assert not list(Path().glob("lightning_logs/*")), "a run folder was left behind"
     return status, error.removeprefix("error: ")
 
 

@@ -258,6 +258,7 @@ def test_a_command_that_cannot_be_is_one_line(words: list[str], said: str, tmp_p
     ("words", "said"),
     [
         (["steer", "x", "lr=1"], "x: there is no such folder; give that of a run"),
+        (["steer", ".", "history"], ". is not the folder of a run"),
         (["watch", "x"], "live: x is not the folder of a run: it has no config.yaml"),
         (["predict", "--live", "x", "--data.images=y"], "live: x is not the folder of a run: it has no config.yaml"),
         (["fit", "--replay", "x"], "replay: x is not the folder of a run: it has no config.yaml"),

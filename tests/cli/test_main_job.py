@@ -302,3 +302,45 @@ def test_a_logger_without_a_folder_gets_no_config_and_names_no_run(
     assert main(["fit", *TINY, "--trainer.logger=lightning.pytorch.loggers.logger.DummyLogger"]) == 0
     assert "run:" not in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
+
+
+def test_a_fit_can_have_the_loggers_the_bar_and_the_bareness_of_lightning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bar = "--trainer.callbacks=lightning.pytorch.callbacks.TQDMProgressBar"
+    assert (
+        main(["fit", *TINY, bar, "--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert "Epoch 1: 100%" in out + err
+    assert "TensorBoard" not in out, "there is nothing for it to show"
+    assert "run:" not in run_src("fit", *TINY, "--trainer.barebones=true", cwd=tmp_path).stdout
+
+
+def test_the_lr_is_shown_where_groups_have_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--model.network=WhitenedCNN", "--model.optimizer=src.optim.Muon"]) == 0
+    assert all("  lr 0.02" in line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch "))
+
+
+def test_a_schedule_goes_by_what_it_is_told_to_go_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[float] = []
+
+    def step(_: Any, metrics: float) -> None:
+        told.append(metrics)
+
+    monkeypatch.setattr(torch.optim.lr_scheduler.ReduceLROnPlateau, "step", step)
+    schedule = ["--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/acc"]
+    assert main(["fit", *TINY, *schedule]) == 0
+    assert told == pytest.approx([value for _, value in scalars(Path("lightning_logs/version_0"))["val/acc"]])
+
+
+def test_a_test_of_one_batch_is_not_written(run: Path) -> None:
+    (run / "test.json").unlink(missing_ok=True)
+    assert main(["test", "--ckpt_path=last", "--trainer.fast_dev_run=true"]) == 0
+    assert not (run / "test.json").exists()

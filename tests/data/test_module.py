@@ -1,5 +1,6 @@
 """Behaviour of src/data/module.py: which images are trained on, which are left out, and which requests are refused."""
 
+import re
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +19,7 @@ class Uneven(ImageData):
     mean: ClassVar = (0.5, 0.5, 0.5)
     std: ClassVar = (0.5, 0.5, 0.5)
     counts: ClassVar = (60, 30, 10)
+    image_size: ClassVar = 8
 
     def load(self, part: Part) -> tuple[Tensor, Tensor]:
         labels = torch.arange(3).repeat_interleave(torch.tensor(self.counts))
@@ -48,6 +50,14 @@ def test_the_val_split_is_stratified_and_disjoint_from_training(val_size: float,
     assert len(val) == count
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(500))
     assert all(abs(found - count / 10) < 1 for found in class_counts(data, val))
+
+
+def test_images_of_another_size_than_the_data_say_are_refused() -> None:
+    class Larger(Uneven):
+        image_size: ClassVar = 16
+
+    with pytest.raises(UsageError, match=re.escape("data: Larger.load returns images of shape [8, 8, 3]; its image_")):
+        Larger(val_size=10).split()
 
 
 def test_classes_of_uneven_size_keep_their_shares() -> None:

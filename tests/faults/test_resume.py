@@ -228,7 +228,9 @@ def test_the_printed_command_is_all_that_it_takes(
     assert command == ["fit", "--ckpt_path", str(LAST)]
     assert main(command) == 0
     assert_same_run(RUN, reference("one_cycle") / RUN)
-    assert main(["fit", "--ckpt_path", "last"]) == 0, "of a run that is complete nothing is left to do"
+    done = fit("--ckpt_path", "last")
+    assert done.status == 0, "of a run that is complete nothing is left to do"
+    assert "note: no step was left to take; --trainer.max_epochs or max_steps, with more" in done.out
     assert_same_run(RUN, reference("one_cycle") / RUN)
 
 
@@ -254,6 +256,36 @@ def test_a_run_can_go_on_from_its_best_checkpoint_as_well(reference: Callable[[s
     assert step < len(whole), "the second epoch is not the best: there is something to repeat"
     assert batches(Path("log")) == whole[step:]
     assert_same_run(RUN, reference("one_cycle") / RUN)
+
+
+# What Lightning's callback says of a run that goes on: what is there may be overwritten, and past scores are not known.
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("one_cycle", {"every_n_train_steps": 3}),
+        ("one_cycle", {"monitor": "val/loss"}),
+        ("no_validation", {"every_n_train_steps": 3}),
+    ],
+)
+def test_a_run_goes_on_from_what_lightnings_own_callback_has_saved_as_well(
+    recipe: str, settings: dict[str, Any], reference: Callable[[str], Path]
+) -> None:
+    init_args = {"save_top_k": -1, **settings}
+    keeps = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init_args}
+    done = fit(*SMALL, *RECIPES[recipe], *probed(Path("log"), "", keeps))
+    assert (done.status, done.err) == (0, "")
+    assert f"--ckpt_path {RUN}/checkpoints/best.ckpt" in done.out, "the line that says how to test it"
+    whole = batches(reference(recipe) / "log")
+    kept = {manifest(path).step: path for path in (RUN / "checkpoints").glob("epoch=*.ckpt")}
+    assert len(kept) == len(whole) // (6 if "monitor" in settings else 3)
+    del kept[len(whole)]
+    for step, path in kept.items():
+        done = fit("--ckpt_path", path, *probed(Path(f"log{step}"), "", keeps))
+        assert (done.status, done.err) == (0, "")
+        assert batches(Path(f"log{step}")) == whole[step:]
+        assert_equal(load(RUN)["state_dict"], load(reference(recipe) / RUN)["state_dict"], f"after step {step}")
 
 
 @pytest.mark.usefixtures("stopped")

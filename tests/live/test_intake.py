@@ -23,9 +23,9 @@ from src.errors import Failure
 from src.live import feeder as feeder_module
 from src.live import intake as intake_module
 from src.live.feed import correct, offer, offer_shard
-from src.live.feeder import Correction, Feeder, Refused, Segment, Source, digests, read_segment
+from src.live.feeder import Correction, Feeder, Refused
 from src.live.intake import MOST_WAITING, SEGMENT_IMAGES, Intake
-from src.live.segments import write_segment
+from src.live.segments import Segment, Source, digests, read_segment, write_segment
 from tests.conftest import REPOSITORY
 from tests.live.test_shards import claim, mutated, npz, png, tar
 
