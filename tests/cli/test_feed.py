@@ -38,8 +38,8 @@ def test_files_and_folders_are_fed_under_their_label(tmp_path: Path) -> None:
 
 def test_labels_are_put_right_by_id_or_name(tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
-    assert feed("dir", "--relabel", "17", "cat", cwd=tmp_path).startswith("relabelled 17 as cat (")
-    assert feed("dir", "--drop", "cat/1.png", cwd=tmp_path).startswith("dropped cat/1.png (")
+    assert feed("dir", "--relabel", "17", "cat", cwd=tmp_path).startswith("asked to relabel 17 as cat (")
+    assert feed("dir", "--drop", "cat/1.png", cwd=tmp_path).startswith("asked to drop cat/1.png (")
     lines = [json.loads(path.read_text()) for path in sorted((tmp_path / "dir/.corrections").iterdir())]
     assert [(line["sample"], line["label"]) for line in lines] == [(17, "cat"), ("cat/1.png", None)]
 
