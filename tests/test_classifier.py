@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from src.callbacks.console import EpochLines
-from src.callbacks.curves import Curves
+from src.callbacks.curves import Curves, Sums
 from src.classifier import ImageClassifier
 from src.data import Batch, CutMix, Shapes10
 from src.mean_loss import MeanLoss
@@ -190,3 +190,10 @@ def test_the_mean_loss_is_over_images_whatever_the_batches_and_the_precision_of_
     for _ in range(300):
         metric.update(torch.tensor(1.001), 1)
     assert metric.compute() == torch.tensor(1.001)
+
+
+def test_sums_of_a_checkpoint_from_before_selection_are_of_all_its_images() -> None:
+    sums = Sums.unpack({"sums": torch.tensor([3.0, 1.0]), "images": 4}, torch.device("cpu"), keep=True)
+    sums.add(torch.tensor([1.0, 1.0, 2.0]), 2)
+    assert sums.sums is not None
+    assert sums.sums.tolist() == [4.0, 2.0, 6.0]

@@ -84,6 +84,8 @@ class Sums:
     def unpack(cls, packed: dict[str, Any], device: torch.device, keep: bool) -> "Sums":
         """Undo `pack`: one rank keeps the sums, the others begin with zeros."""
         sums, images = packed["sums"], packed["images"]
+        if sums is not None and len(sums) == 2:  # as an earlier version has it: all were learned
+            sums = torch.cat([sums, sums.new_tensor([images])])
         if sums is not None:
             sums = (sums if keep else torch.zeros_like(sums)).to(device)
         return cls(sums, images)
