@@ -82,6 +82,19 @@ _HELP = {
     "predict": "Name the classes of image files.",
 }
 
+_CLASSES = (
+    "The options of a class are told by --data.help CIFAR10, --model.network.help WhitenedCNN, "
+    "--model.optimizer.help src.optim.Muon and the like."
+)
+
+# In place of what Lightning says of them.
+_OPTIONS = {
+    "ckpt_path": "A checkpoint's file; or best or last: that of the newest run in lightning_logs that has one.",
+    "seed_everything": "The seed of order, augmentation and weights: a whole number from 0, below 2**32.",
+    "trainer.precision": "Such as 32-true, bf16-mixed, 16-mixed or bf16-true; null chooses bf16-mixed where the device "
+    "multiplies bf16 in hardware, else 32-true.",
+}
+
 # The least values of the Trainer's numbers that it does not check itself.
 _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
           "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
@@ -146,11 +159,10 @@ class CLI(LightningCLI):
                 "prog": "python -m src",
                 "version": __version__,
                 "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
-                "epilog": "The options of a class: fit --data.help CIFAR10, fit --model.network.help WhitenedCNN, fit "
-                "--model.optimizer.help src.optim.Muon. While a fit trains: watch RUN scores its weights as they "
-                "change, steer RUN lr=0.02 changes how it trains, feed DIR cat.png --label cat gives it images; see "
-                "python -m src watch --help, steer --help and feed --help.",
-                **{name: {"description": text} for name, text in _HELP.items()},
+                "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 changes "
+                "how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch --help, steer "
+                "--help and feed --help.",
+                **{name: {"description": text, "epilog": _CLASSES} for name, text in _HELP.items()},
             },
             args=args,
         )
@@ -171,6 +183,8 @@ class CLI(LightningCLI):
         if first in ("-h", "--help", *_SUBCOMMANDS) and first != subcommand:
             return self.init_parser(**kwargs)  # its name will do: to tell its options takes a tenth of a second
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            action.help = _OPTIONS.get(action.dest, action.help)
         if subcommand != "fit":
             parser.add_argument(
                 "--live",
@@ -358,9 +372,8 @@ class CLI(LightningCLI):
                 callbacks.append(Publish(every))
             if self.model.hparams["compile"] is not None:
                 callbacks.append(Compiling())
-            if any(isinstance(c, pl.callbacks.ProgressBar) for c in _as_list(config["callbacks"])):
-                config["enable_progress_bar"] = True  # the user's own
-            elif config["enable_progress_bar"] is not False:
+            theirs = any(isinstance(c, pl.callbacks.ProgressBar) for c in _as_list(config["callbacks"]))
+            if config["enable_progress_bar"] is not False and not theirs:
                 progress = progress_callback(curves)
                 callbacks.append(progress)
                 config["enable_progress_bar"] = isinstance(progress, pl.callbacks.ProgressBar)
@@ -498,10 +511,12 @@ class CLI(LightningCLI):
             rank = self.trainer.global_rank
             raise Failure(f"another process of this run has ended, so this one (rank {rank}) ends too") from error
         restored = not self.trainer._checkpoint_connector._loaded_checkpoint
-        refused = self.trainer.global_step == 0 and not isinstance(error, (Failure, Interrupted))
-        if self.resumed is None and (refused or not restored) and isinstance(self.trainer.logger, RunLogger):
+        of_optimizer = _raised_in(error, "torch", "optim")
+        refused = of_optimizer or _raised_in(error, "lightning", "pytorch")
+        in_vain = not restored or (self.trainer.global_step == 0 and refused)
+        if self.resumed is None and in_vain and isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.discard()
-        if _raised_in(error, "torch", "optim"):
+        if of_optimizer:
             key = "lr_scheduler" if _raised_in(error, "torch", "optim", "lr_scheduler.py") else "optimizer"
             raise UsageError(f"model.{key}: {error}") from error
         if not restored and not isinstance(error, (Failure, UsageError, OSError, MisconfigurationException)):

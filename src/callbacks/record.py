@@ -106,8 +106,8 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def discard(self) -> None:
-        """Delete the folder of a run that could not begin."""
-        if self._lock is not None:
+        """Delete the folder of a run that could not begin; but not images that have been fed to it."""
+        if self._lock is not None and not any((Path(self.log_dir) / "live" / "segments").glob("*")):
             shutil.rmtree(self.log_dir, ignore_errors=True)
 
     @rank_zero_only

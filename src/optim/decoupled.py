@@ -1,7 +1,7 @@
 """Nesterov SGD in the units of the speed-runs, in which lr, momentum and weight decay can be tuned one by one.
 
-    python -m src fit --config configs/speed96.yaml --model.optimizer src.optim.DecoupledSGD --model.optimizer.lr 9 \
-        --model.optimizer.weight_decay 0.012 --model.optimizer.batch_size 500
+    python -m src fit --config configs/speed96.yaml --model.optimizer '{class_path: src.optim.DecoupledSGD,
+        init_args: {lr: 9.0, momentum: 0.85, weight_decay: 0.024, batch_size: 500, fused: true}}'
 
 After K. Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU (arXiv 2404.00498), whose hyper-parameters are those of
 D. Page, How to train your ResNet (2018).

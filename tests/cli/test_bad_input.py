@@ -172,6 +172,10 @@ BAD_ARGUMENTS = [
         ["fit", "--model.network=WhitenedCNN", "--model.network.whiten_bias_epochs=-3"],
         "model.network.whiten_bias_epochs: -3 is out of range: 0 or more epochs",
     ),
+    (
+        ["fit", "--data=tests.data.test_module.Uneven", "--data.val_size=10"],
+        "model.network: the network takes no images of 8 pixels",
+    ),
     (["fit", *TINY, "--trainer.val_check_interval=100"], "`val_check_interval` (100) must be less than or equal"),
     (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
     (["validate"], "validate needs weights"),

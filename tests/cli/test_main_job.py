@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.callbacks.record import RunLogger
+from src.checkpoint_io import manifest
 from src.cli import main
 from tests.conftest import TINY, run_src
 
@@ -317,6 +319,7 @@ def test_a_fit_can_have_the_loggers_the_bar_and_the_bareness_of_lightning(
     assert "Epoch 1: 100%" in out + err
     assert "TensorBoard" not in out, "there is nothing for it to show"
     assert "run:" not in run_src("fit", *TINY, "--trainer.barebones=true", cwd=tmp_path).stdout
+    assert main(["fit", *TINY, "--trainer.val_check_interval=00:00:00:01"]) == 0
 
 
 def test_the_lr_is_shown_where_groups_have_names(
@@ -338,6 +341,37 @@ def test_a_schedule_goes_by_what_it_is_told_to_go_by(tmp_path: Path, monkeypatch
     schedule = ["--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/acc"]
     assert main(["fit", *TINY, *schedule]) == 0
     assert told == pytest.approx([value for _, value in scalars(Path("lightning_logs/version_0"))["val/acc"]])
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--trainer.max_epochs=4", "--checkpoint.monitor=val/loss"]) == 0
+    step, _ = min(scalars(Path("lightning_logs/version_0"))["val/loss"], key=lambda point: point[1])
+    assert step != 6, "the first is not the best: else the test says nothing"
+    assert manifest(Path("lightning_logs/version_0/checkpoints/best.ckpt")).step == step
+
+
+def test_a_schedule_that_is_too_short_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedule = ["torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.1"]
+    assert main(["fit", *TINY, "--model.lr_scheduler", *schedule, "--model.lr_scheduler.total_steps=5"]) == 2
+    assert capsys.readouterr().err.startswith("error: model.lr_scheduler: Tried to step 6 times")
+
+
+def test_a_run_that_could_not_begin_is_deleted_but_not_what_was_fed_to_it(tmp_path: Path) -> None:
+    for fed in (False, True):
+        logger = RunLogger(tmp_path)
+        logger.log_metrics({"lr": 1.0}, 0)
+        logger.save()
+        segments = Path(logger.log_dir) / "live" / "segments"
+        segments.mkdir(parents=True)
+        if fed:
+            (segments / "000000.npz").touch()
+        logger.discard()
+        assert segments.is_dir() == fed
+        logger.finalize("failed")
 
 
 def test_a_test_of_one_batch_is_not_written(run: Path) -> None:
