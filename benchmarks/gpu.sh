@@ -28,7 +28,7 @@ busy=$(mktemp)
     rm "$busy"
     exit $((resumed | synced))
 } &
-part time96 215 --hold "$busy" "$@" || status=1
+HOLD=$busy part time96 215 "$@" || status=1
 wait $! || status=1
 part images 50 "$@" || status=1
 part live 35 "$@" || status=1
