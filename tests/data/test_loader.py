@@ -152,3 +152,12 @@ def test_the_first_epochs_are_small() -> None:
             assert batch.images.shape == (len(batch.ids), 3, side, side)
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
             assert (batch.images == 7).all()
+
+
+def test_what_recorded_steps_read_to_normalize_images_stays_where_it_is_when_others_have_another_size() -> None:
+    normalize = Normalize(MEAN, STD, torch.device("cpu"))
+    places = []
+    for side in (24, 32, 24):
+        normalize(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+        places.append([constant.data_ptr() for constant in normalize._whole[torch.Size((24, 24, 3))]])
+    assert places[0] == places[1] == places[2]
