@@ -611,6 +611,8 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
     """
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
         logging.getLogger(f"lightning.{name}").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    # Lightning's Timer has a default that is a text of a class of its own.
+    yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
     # Raised inside Lightning: Lightning issue 21326.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     try:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -20,6 +21,9 @@ _BASES: dict[str, type] = {
     "Augmentation": Augmentation,
     "Mixing": Mixing,
 }
+_PACKAGES = ("torch.optim.lr_scheduler", "torch.optim", "lightning.pytorch.callbacks")
+"""Where there are classes that need no import path, beside this project's."""
+
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -55,6 +59,8 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
         return f"config: there is no file {found[1]}"
     if message.startswith("Problems parsing config"):
         return f"config: not valid YAML: {_flat(message.split(':', 1)[1])}"
+    if found := re.search(r"the following arguments are required: ([\w.]+)", message):
+        return _missing(found[1], args, configs)
     if found := re.search(r"compute_fn of link .* failed: (.+)", message, re.DOTALL):
         return _flat(found[1])
     if found := re.match(r"Parser key \"([^\"]+)\":(.*)", message, re.DOTALL):
@@ -74,6 +80,10 @@ def _bad_value(key: str, detail: str) -> str:
     value = next(iter(re.findall(r"(?:Given value|Got value): (.*)", detail)), None)
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", detail):
         return f"{key}: {found[1]} is not a {found[2]}{_choices(found[2])}"
+    if found := re.search(r"Multiple subclasses with name (\w+)\. .*: (.*?)\.$", detail, re.MULTILINE):
+        return f"{key}: there are several classes {found[1]}; give the import path of one: {found[2]}"
+    if value is not None and "expects a function or a callable class" in detail:
+        return f"{key}: there is no class {value}{_choices('')}"
     if found := re.search(r"Expected a dot import path string: (\S+)", detail):
         base = next(iter(re.findall(r"<class '[\w.]*?(\w+)'>", detail)), "")
         base = base if base in _BASES else {"network": "Network", "mix": "Mixing", "augment": "Augmentation"}.get(
@@ -100,6 +110,42 @@ def _expected(detail: str) -> str:
             if name != "Tensor":
                 parts.append(_WORDS.get(name, f"a {name}"))
     return " or ".join(dict.fromkeys(parts))
+
+
+def _missing(argument: str, args: Sequence[str], configs: Sequence[str]) -> str:
+    """Say which class that was named needs an argument that was not given; the parser does not."""
+    named = [pair for word in args for pair in [word.removeprefix("--").partition("=")[::2]] if word.startswith("--")]
+    named += [(option.removeprefix("--"), value) for option, value in pairwise(args) if option.startswith("--")]
+    for key, text in named:
+        with suppress(yaml.YAMLError):
+            configs = [*configs, yaml.safe_dump({key.rstrip("+").removesuffix(".class_path"): yaml.safe_load(text)})]
+    for config in configs:
+        for key, name in _texts(yaml.safe_load(config), ()):
+            if argument in _required(name):
+                return f"{key}: {name.rsplit('.', 1)[-1]} needs {argument}; give {key}.{argument}"
+    return f"{argument} is missing: a class that was named needs it"
+
+
+def _texts(config: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys of all texts in a config, and the texts."""
+    if isinstance(config, str):
+        yield ".".join(path).removesuffix(".class_path"), config
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            yield from _texts(value, path if key == "init_args" else (*path, str(key)))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _texts(value, path)
+
+
+def _required(name: str) -> list[str]:
+    """Return the arguments that a class has no defaults for; none if there is no class of that name."""
+    module, _, leaf = name.rpartition(".")
+    found = [getattr(sys.modules.get(place), leaf, None) for place in ([module] if module else _PACKAGES)]
+    found += [c for base in _BASES.values() for c in _subclasses(base) if c.__name__ == name]
+    classes = [c for c in found if isinstance(c, type)]
+    parameters = [p for c in classes[:1] for p in inspect.signature(c.__init__).parameters.values()]  # type: ignore[misc]
+    return [p.name for p in parameters[1:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _choices(base: str) -> str:

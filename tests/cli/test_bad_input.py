@@ -177,6 +177,19 @@ BAD_ARGUMENTS = [
         "model.network: the network takes no images of 8 pixels",
     ),
     (["fit", *TINY, "--trainer.val_check_interval=100"], "`val_check_interval` (100) must be less than or equal"),
+    (
+        ["fit", "--model.lr_scheduler", "StepLR"],
+        "model.lr_scheduler: StepLR needs step_size; give model.lr_scheduler.step_size",
+    ),
+    (
+        ["fit", f"--trainer.callbacks={LIGHTNING}.EarlyStopping"],
+        "trainer.callbacks: EarlyStopping needs monitor; give trainer.callbacks.monitor",
+    ),
+    (
+        ["fit", "--model.lr_scheduler=ReduceLROnPlateau"],
+        "model.lr_scheduler: there are several classes ReduceLROnPlateau; give the import path of one: torch.optim.",
+    ),
+    (["fit", "--model.optimizer=torch.optim.AdamWW"], "model.optimizer: there is no class torch.optim.AdamWW; give"),
     (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
     (["validate"], "validate needs weights"),
     (["predict"], "predict needs weights"),
@@ -191,6 +204,10 @@ BAD_CONFIGS = [
     ),
     ("model: {network: {class_path: CNN, init_args: {dropout: 1.5}}}", "model.network.dropout: 1.5 is out of range"),
     ("model: [", "config: not valid YAML"),
+    (
+        "model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {gamma: 0.5}}}",
+        "model.lr_scheduler: StepLR needs step_size; give model.lr_scheduler.step_size",
+    ),
 ]
 
 FAILURES = [

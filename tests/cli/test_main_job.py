@@ -319,7 +319,8 @@ def test_a_fit_can_have_the_loggers_the_bar_and_the_bareness_of_lightning(
     assert "Epoch 1: 100%" in out + err
     assert "TensorBoard" not in out, "there is nothing for it to show"
     assert "run:" not in run_src("fit", *TINY, "--trainer.barebones=true", cwd=tmp_path).stdout
-    assert main(["fit", *TINY, "--trainer.val_check_interval=00:00:00:01"]) == 0
+    timer = "--trainer.callbacks=lightning.pytorch.callbacks.Timer"
+    assert main(["fit", *TINY, "--trainer.val_check_interval=00:00:00:01", timer]) == 0
 
 
 def test_the_lr_is_shown_where_groups_have_names(

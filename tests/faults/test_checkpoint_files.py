@@ -842,7 +842,7 @@ def test_on_a_slow_disk_no_name_waits_for_ever(tmp_path: Path, monkeypatch: pyte
         while len(written) == count:
             time.sleep(0.001)
     steps = [step for name, step in written if name == "last.ckpt"]
-    assert len(steps) >= 8
+    assert len(steps) >= 5
     assert all(dict(written[:i]).get("best.ckpt", 0) >= step for i, (_, step) in enumerate(written, 1) if i > 1)
     turns.release(100)
     io.teardown()
