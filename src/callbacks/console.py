@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from rich.progress import BarColumn, ProgressColumn
+from rich.progress import BarColumn, Progress, ProgressColumn
 
 from src.callbacks.curves import Curves
 
@@ -54,6 +54,12 @@ class LiveBar(RichProgressBar):
             if self.progress is not None and self.train_progress_bar_id is not None:  # another batch size changes it
                 self.progress.update(self.train_progress_bar_id, total=trainer.num_training_batches)
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _stop_progress(self) -> None:
+        """End the bar of an epoch; Lightning's would wait for the thread that draws, which sleeps half a second."""
+        if self.progress is not None:
+            Progress.stop(self.progress)
+            self._progress_stopped = True
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Return the values to show, in this order."""

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.callbacks.record import RunLogger
 from src.checkpoint_io import manifest
 from src.cli import main
-from tests.conftest import TINY, run_src
+from tests.conftest import REPOSITORY, TINY, run_src
 
 CURVES = ("train/loss", "train/acc", "val/loss", "val/acc", "lr", "images/s")
 STATUSES = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
@@ -51,6 +54,25 @@ def test_a_fit_tells_the_device_each_epoch_in_two_lines_and_how_to_go_on(trained
     ]
     assert lines[1] == "run: lightning_logs/version_0", "who wants to steer it need not wait for its end"
     assert len(lines) == 2 + 2 * 2 + 3, "something else is printed"
+
+
+def test_while_it_starts_nothing_looks_for_garbage_and_what_it_has_loaded_is_none(tmp_path: Path) -> None:
+    code = """if True:
+        import gc, sys
+        import src.__main__ as entry
+        sys.argv = ["src", "--help"]
+        before = gc.get_stats()[2]["collections"]
+        try:
+            entry.main()
+        except SystemExit:
+            pass
+        print(gc.isenabled(), gc.get_stats()[2]["collections"] - before, gc.get_freeze_count() > 100_000)
+    """
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "True 0 True"
 
 
 def test_the_run_folder_holds_config_checkpoints_and_curves(run: Path) -> None:

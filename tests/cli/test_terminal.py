@@ -8,8 +8,12 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from src.callbacks.console import LiveBar
 from src.callbacks.curves import Curves
@@ -38,6 +42,26 @@ def test_the_bar_shows_epoch_loss_accuracy_speed_and_lr(tmp_path: Path) -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
     last = [line for line in re.split(r"[\r\n]+", text) if line.startswith("Epoch 2/2")][-1]
     assert re.search(r"6/6 .*train/loss: \d\.\d{4}  val/acc: \d\.\d{4}  images/s: [\d,]+  lr: [\d.]+", last), last
+
+
+def test_no_epoch_waits_until_the_thread_that_draws_has_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep, awake = threading.Event(), threading.Event()
+
+    def sleep(_: float) -> None:
+        asleep.set()
+        awake.wait(20)
+
+    place = "lightning.pytorch.callbacks.progress.rich_progress.time"
+    monkeypatch.setattr(place, SimpleNamespace(sleep=sleep))
+    bar: Any = LiveBar(Curves())
+    bar._init_progress(None)
+    assert asleep.wait(20)
+    thread = bar.progress.live._refresh_thread
+    bar._stop_progress()
+    assert thread.is_alive(), "it still sleeps"
+    awake.set()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_the_bar_of_a_fit_that_is_fed_shows_what_arrived_waits_and_was_refused() -> None:
