@@ -11,6 +11,11 @@ import yaml
 
 from src.errors import Failure, UsageError
 
+_LINKED = {
+    ("data", "seed"): "it is that of the whole run; give seed_everything",
+    ("model", "network", "num_classes"): "it is that of the data set, and is not given",
+}
+
 
 def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
     """Gather the words behind an option, up to the next option, into the list that the parser takes.
@@ -53,7 +58,7 @@ def config_texts(args: Sequence[str]) -> list[str]:
     """Return the contents of the configs named on a command line, as far as they can be read.
 
     Raises:
-        UsageError: If one is not UTF-8, or of a kind of YAML that is no config.
+        UsageError: If one is not UTF-8, or no config.
     """
     texts = []
     for i, word in enumerate(args):
@@ -61,15 +66,83 @@ def config_texts(args: Sequence[str]) -> list[str]:
         if word in ("--config", "-c") and i + 1 < len(args):
             name = args[i + 1]
         try:
-            texts.append(Path(name).read_text(encoding="utf-8") if name else "")
-            check_nesting(yaml.safe_load(texts[-1]), name)
+            text = Path(name).read_text(encoding="utf-8") if name else None
         except UnicodeDecodeError as error:
             raise UsageError(f"config: {name} is not text in UTF-8") from error
-        except (OSError, yaml.YAMLError):  # said better by the parser
-            texts[-1:] = []
+        except (OSError, ValueError):  # said better by the parser; or it is no file, but the config itself
+            continue
+        if text is None:
+            continue
+        try:
+            config = yaml.safe_load(text)
+            check_nesting(config, name)
+            check_shape(config, name)
+            check_keys(text, name)
+            texts.append(text)
+        except yaml.MarkedYAMLError as error:
+            where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise UsageError(f"config: {name} is not valid YAML: {error.problem}{where}") from error
+        except yaml.YAMLError as error:
+            raise UsageError(f"config: {name} is not valid YAML: {error}".split("\n")[0]) from error
         except (ValueError, AttributeError, TypeError, RecursionError) as error:  # from a tag such as !!timestamp
             raise UsageError(f"config: {name} cannot be read as YAML ({error})") from error
     return texts
+
+
+def check_shape(config: Any, name: str) -> None:
+    """See that a config, and what it says of the Trainer and of each class, are keys and values.
+
+    Raises:
+        UsageError: If not, with the key.
+    """
+    if not isinstance(config, dict):
+        raise UsageError(f"config: {name} has no keys; give such as trainer: {{max_epochs: 10}}")
+    for key, value in config.items():
+        if not isinstance(key, str):
+            raise UsageError(f"config: {name}: the key {key!r} is not a text")
+        if key in ("trainer", "model", "checkpoint", "guard") and not isinstance(value, dict):
+            raise UsageError(f"{key}: {value!r} is not valid; expected keys and values ({name})")
+        if key == "data" and not isinstance(value, (dict, str)):
+            raise UsageError(f"data: {value!r} is not valid; expected a class, or class_path and init_args ({name})")
+        for dotted, found in _classes(value, key):
+            if not isinstance(found["class_path"], str):
+                raise UsageError(f"{dotted}.class_path: {found['class_path']!r} is not the name of a class ({name})")
+            if not isinstance(found.get("init_args", {}), dict):
+                raise UsageError(f"{dotted}.init_args: {found['init_args']!r} is not valid; expected keys and values")
+            for other in found.keys() - {"class_path", "init_args", "dict_kwargs"}:
+                raise UsageError(f"{dotted}.{other}: arguments of a class are under init_args ({name})")
+
+
+def _classes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield all that names a class, with its dotted key."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _classes(item, key)
+    elif isinstance(value, dict):
+        if "class_path" in value:
+            yield key, value
+        for name, item in value.items():
+            yield from _classes(item, key if name == "init_args" else f"{key}.{name}")
+
+
+def check_keys(text: str, name: str) -> None:
+    """See that no key of a YAML text is given twice: the first would be forgotten.
+
+    Raises:
+        UsageError: If one is.
+    """
+    todo = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                    raise UsageError(f"config: {name}: {key.value} is given twice, in lines {lines[key.value]}, {line}")
+                todo.append(value)
 
 
 def check_nesting(value: Any, name: str, deepest: int = 30, most: int = 100_000) -> None:
@@ -87,6 +160,28 @@ def check_nesting(value: Any, name: str, deepest: int = 30, most: int = 100_000)
         if not level:
             return
     raise UsageError(f"config: {name} is nested too deeply, or refers to itself")
+
+
+def refuse_linked(options: Iterable[str], configs: Iterable[str]) -> None:
+    """Refuse arguments that are taken from elsewhere: the parser would let what is given for them go by.
+
+    Args:
+        options: Those of the command line.
+        configs: The texts of the configs that were given.
+
+    Raises:
+        UsageError: If there is one, with what to give instead.
+    """
+    for (section, *path, name), instead in _LINKED.items():
+        key = ".".join([section, *path, name])
+        given = not {f"--{key}", f"--{'.'.join([section, *path, 'init_args', name])}"}.isdisjoint(options)
+        for text in configs:
+            value = yaml.safe_load(text)
+            for part in (section, *path, "init_args"):
+                value = value.get(part) if isinstance(value, dict) else None
+            given = given or (isinstance(value, dict) and name in value)
+        if given:
+            raise UsageError(f"{key}: {instead}")
 
 
 def misplaced_nulls(config: Any, key: str = "") -> Iterator[str]:

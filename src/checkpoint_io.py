@@ -322,7 +322,10 @@ def commit(content: bytes | bytearray | mmap.mmap, path: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        kept = f"; the one of step {manifest(path).step} is still there" if path.is_file() else ""
+        kept = ""
+        if path.is_file():
+            of = f"one of step {manifest(path).step}" if path.suffix == ".ckpt" else "old one"
+            kept = f"; the {of} is still there"
         raise Failure(f"{path} could not be written ({error.strerror}){kept}") from error
 
 

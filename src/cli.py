@@ -7,11 +7,15 @@ python -m src test --ckpt_path best
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -34,10 +38,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from src import __version__
-from src.arguments import check_nesting, config_texts, find_checkpoint, join_paths, misplaced_nulls, only, run_folder
+from src.arguments import (
+    check_nesting,
+    config_texts,
+    find_checkpoint,
+    join_paths,
+    misplaced_nulls,
+    only,
+    refuse_linked,
+    run_folder,
+)
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
+from src.callbacks.contention import Contention
 from src.callbacks.curves import Curves
 from src.callbacks.feeding import Feeding
 from src.callbacks.guard import Guard
@@ -109,7 +123,9 @@ _REFUSED: dict[type[pl.Callback], str] = {
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
           "Loading `train_dataloader`", "Using bfloat16", "Using 16bit", "Seed set to",
-          "Found current_model_state")  # fmt: skip
+          "Found current_model_state", "[rank: 0] Received SIGTERM")  # fmt: skip
+_NOISY = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed",
+          "pytorch.trainer.connectors.signal_connector")  # fmt: skip
 
 
 # How gloo and NCCL say that the process at the other end is no more.
@@ -146,6 +162,10 @@ class CLI(LightningCLI):
         self.changes: dict[str, list[Any]] = {}
         self.resumed: Path | None = None
         self.step = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    signal.signal(number, self._stop)
         super().__init__(
             ImageClassifier,
             ImageData,
@@ -166,6 +186,15 @@ class CLI(LightningCLI):
             },
             args=args,
         )
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """End at once, where there is nothing to save: before and after training, and in all that is not a fit."""
+        trainer = getattr(self, "trainer", None)
+        if self._words[:1] != ["fit"]:
+            raise Interrupted(number, "before the end; nothing was written")
+        if trainer is not None and trainer.state.finished:
+            raise Interrupted(number, "after the last step; all has been saved")
+        raise Interrupted(number, "before the first step; nothing was saved")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -253,12 +282,15 @@ class CLI(LightningCLI):
         # Which data set and network the other options are of is in the checkpoint.
         finds = ("--config", "-c", "--ckpt_path", "--live", "--trainer.default_root_dir")
         options = {word.partition("=")[0] for word in args}
-        look = bool(options & {"--ckpt_path", "--live"}) and not options & {"--print_config", "--help", "-h"}
+        look = bool(options & {"--ckpt_path", "--live", "--print_config"}) and not options & {"--help", "-h"}
         self.config = parser.parse_args(only(args, finds) if look else args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
+        refuse_linked(options, texts)
         where = args.index(command) + 1 if command in args else 0
         self.live = self.config[command].get("live")
+        if look and ckpt_path is None and self.live is None:
+            self.config = parser.parse_args(args)
         if self.live is not None:
             if ckpt_path is not None:
                 raise UsageError("ckpt_path and live exclude each other: give one of them")
@@ -364,6 +396,7 @@ class CLI(LightningCLI):
                 Pictures(),
                 self._get(self.config_init, "guard"),
                 Memory(),
+                Contention(),
                 signals,
                 feeding,
                 Steering(steered, replay, self.changes, signals, lambda: curves.latest, feeding),
@@ -513,15 +546,22 @@ class CLI(LightningCLI):
         restored = not self.trainer._checkpoint_connector._loaded_checkpoint
         of_optimizer = _raised_in(error, "torch", "optim")
         refused = of_optimizer or _raised_in(error, "lightning", "pytorch")
-        in_vain = not restored or (self.trainer.global_step == 0 and refused)
+        early = isinstance(error, Interrupted) and not self._has_saved()
+        in_vain = not restored or (self.trainer.global_step == 0 and (refused or early))
         if self.resumed is None and in_vain and isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.discard()
         if of_optimizer:
             key = "lr_scheduler" if _raised_in(error, "torch", "optim", "lr_scheduler.py") else "optimizer"
             raise UsageError(f"model.{key}: {error}") from error
-        if not restored and not isinstance(error, (Failure, UsageError, OSError, MisconfigurationException)):
+        said = (Failure, UsageError, Interrupted, OSError, MisconfigurationException)
+        if not restored and not isinstance(error, said):
             what = f"{type(error).__name__}: {error}"
             raise Failure(f"ckpt_path: {self.checkpoint} does not fit what is asked for ({what})") from error
+
+    def _has_saved(self) -> bool:
+        """Return whether a fit has begun to write checkpoints."""
+        folders = [c.folder for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
+        return any(folder is not None and any(folder.glob("*.ckpt")) for folder in folders)
 
     def after_fit(self) -> None:
         """End with where the run is, how to look at it, and how to test it."""
@@ -535,12 +575,13 @@ class CLI(LightningCLI):
         _say(f"run:         {folder}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _say(f"TensorBoard: tensorboard --logdir {os.path.relpath(logger.log_dir)}")
+                _say(f"TensorBoard: tensorboard --logdir {shlex.quote(os.path.relpath(logger.log_dir))}")
         if callback is not None and callback.best is not None:
             # Classes of the user's own are not trusted in a checkpoint, but are in a config.
             own = not all(name.startswith(TRUSTED) for name in class_paths(self.config[self.subcommand].as_dict()))
-            config = f" --config {folder / 'config.yaml'}" if own else ""
-            _say(f"test:        python -m src test{config} --ckpt_path {os.path.relpath(callback.best)}")
+            config = f" --config {shlex.quote(str(folder / 'config.yaml'))}" if own else ""
+            best = shlex.quote(os.path.relpath(callback.best))
+            _say(f"test:        python -m src test{config} --ckpt_path {best}")
 
 
 def _seed(seed: bool | int) -> int:
@@ -609,12 +650,13 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
         The exit status: 0; 1 for a failure; 2 for a command that cannot be. Set ``LIVE_CIFAR10_TRACEBACK=1`` to see
         where an error comes from.
     """
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+    for name in _NOISY:
         logging.getLogger(f"lightning.{name}").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
     # Lightning's Timer has a default that is a text of a class of its own.
     yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
     # Raised inside Lightning: Lightning issue 21326.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         cli = build(list(sys.argv[1:] if args is None else args))
     except Interrupted as error:
@@ -628,6 +670,8 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
         return 130
     except (UsageError, Failure) as error:
         return refuse(error)
+    except BrokenPipeError:
+        raise
     except (OSError, ImportError) as error:
         return refuse(Failure(str(error)))
     except OverflowError as error:
@@ -635,9 +679,14 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
     except RecursionError:
         return refuse(UsageError("config: it is nested too deeply, or refers to itself"))
     except (MisconfigurationException, ValueError, RuntimeError) as error:
-        if not isinstance(error, MisconfigurationException) and not _raised_in(error, "lightning", "pytorch"):
+        lightnings = _raised_in(error, "lightning", "pytorch") or _raised_in(error, "lightning", "fabric")
+        if not isinstance(error, MisconfigurationException) and not lightnings:
             raise
         return refuse(UsageError(str(error)))
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
     _leave_group()
     return 1 if cli.subcommand == "predict" and cli.predictions.unreadable else 0
 

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import time
 from contextlib import suppress
-from typing import Literal, cast
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
 
 import torch
 
@@ -60,6 +62,48 @@ def give_pages_back() -> None:
     """Give back to the system what is free: the opposite of `keep_pages`, once."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Used(NamedTuple):
+    """What has been used of the processor until a moment, in seconds: by all processes, by this one; and the time."""
+
+    by_all: float
+    by_this: float
+    at: float
+
+
+def used() -> Used | None:
+    """Return what has been used of the processor until now; none where the system does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+        user, nice, system, _idle, _waiting, *interrupts = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields)
+    except (OSError, ValueError):
+        return None
+    return Used(user + nice + system + sum(interrupts[:2]), time.process_time(), time.monotonic())
+
+
+def contention(before: Used | None, now: Used | None, threads: int) -> str | None:
+    """Return what is to be said if other processes want the cores that this one's threads are to run on.
+
+    A step is a few hundred pieces of work, each shared out to all threads: if one of them has no core to itself, all
+    wait for it in each piece, and steps take many times as long as by fewer threads.
+
+    Args:
+        before: What had been used of the processor a while ago.
+        now: What has been used since.
+        threads: Of torch.
+    """
+    cores = os.cpu_count() or 1
+    if before is None or now is None or threads == 1:
+        return None
+    others = (now.by_all - before.by_all - now.by_this + before.by_this) / (now.at - before.at)
+    if others + threads < cores + 0.4:
+        return None
+    free = max(1, int(cores - others + 0.25))
+    return (
+        f"other processes keep {others:.1f} of {cores} cores busy, and each step waits for the slowest of {threads} "
+        f"threads; the environment variable OMP_NUM_THREADS={free} may make it many times faster"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

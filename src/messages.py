@@ -57,8 +57,6 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
         return f"give a sub-command: {found[1].replace(',', ', ')}, watch, steer, feed"
     if found := re.search(r"Parser key \"config\": File does not exist: '(.+)'", message):
         return f"config: there is no file {found[1]}"
-    if message.startswith("Problems parsing config"):
-        return f"config: not valid YAML: {_flat(message.split(':', 1)[1])}"
     if found := re.search(r"the following arguments are required: ([\w.]+)", message):
         return _missing(found[1], args, configs)
     if found := re.search(r"compute_fn of link .* failed: (.+)", message, re.DOTALL):
@@ -82,8 +80,11 @@ def _bad_value(key: str, detail: str) -> str:
         return f"{key}: {found[1]} is not a {found[2]}{_choices(found[2])}"
     if found := re.search(r"Multiple subclasses with name (\w+)\. .*: (.*?)\.$", detail, re.MULTILINE):
         return f"{key}: there are several classes {found[1]}; give the import path of one: {found[2]}"
+    if found := re.search(r"Expected '([^']+)' to be a subclass of (?:Union\[)?([\w., ]+)", detail):
+        return f"{key}: {found[1]} is not a {found[2].rstrip('.').replace(', ', ' or ')}"
     if value is not None and "expects a function or a callable class" in detail:
-        return f"{key}: there is no class {value}{_choices('')}"
+        named = re.match(r"Namespace\(class_path='([^']*)'", value)
+        return f"{key}: there is no class {named[1] if named else value}{_choices('')}"
     if found := re.search(r"Expected a dot import path string: (\S+)", detail):
         base = next(iter(re.findall(r"<class '[\w.]*?(\w+)'>", detail)), "")
         base = base if base in _BASES else {"network": "Network", "mix": "Mixing", "augment": "Augmentation"}.get(
@@ -94,6 +95,8 @@ def _bad_value(key: str, detail: str) -> str:
             return f"{key}: {found[1]!r} is not valid; expected {numbers}"
         return f"{key}: there is no class {found[1]}{_choices(base)}"
     expected = _expected(detail)
+    if value is not None and expected == "null":  # all else that it may be is too long to tell
+        return f"{key}: {value!r} is not valid; see --help"
     if value is None or not expected:
         return f"{key}: {_flat(detail)}"
     return f"{key}: {value!r} is not valid; expected {expected}"
@@ -114,6 +117,8 @@ def _expected(detail: str) -> str:
 
 def _missing(argument: str, args: Sequence[str], configs: Sequence[str]) -> str:
     """Say which class that was named needs an argument that was not given; the parser does not."""
+    if "." in argument:  # one of our own, behind the sub-command
+        return f"{argument.partition('.')[2]}: it has to be given"
     named = [pair for word in args for pair in [word.removeprefix("--").partition("=")[::2]] if word.startswith("--")]
     named += [(option.removeprefix("--"), value) for option, value in pairwise(args) if option.startswith("--")]
     for key, text in named:

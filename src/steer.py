@@ -56,10 +56,11 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--id", default="", help="names the command: it is done once, however often it is sent")
     try:
         options = parser.parse_args(args)
-        if options.what == ["history"]:
+        command = None if options.what == ["history"] else _command(options.what)
+        _check_run(options.run)
+        if command is None:
             _print_history(options.run)
             return 0
-        command = _command(options.what)
         if options.id:
             command = command._replace(id=options.id)
         answer = send(options.run, command, options.timeout if options.wait else None)
@@ -85,6 +86,8 @@ def _command(words: list[str]) -> Command:
     values: dict[str, Any] = {}
     for word in words:
         name, _, text = word.partition("=")
+        if not name:
+            raise UsageError(f"{word!r}: the name of a value is missing, as in lr=0.02")
         if name in values:
             raise UsageError(f"{name} is given twice")
         values[name] = _value(name, text)
@@ -121,11 +124,14 @@ def _print_answer(command: Command, answer: dict[str, Any]) -> None:
         _say(f"step {answer['step']:,}: {done}{' (done before)' if answer.get('repeated') else ''}")
 
 
-def _print_history(run: Path) -> None:
+def _check_run(run: Path) -> None:
     if not run.is_dir():
         raise Failure(f"{run}: there is no such folder; give that of a run")
     if not (run / "config.yaml").is_file() and not (run / "live").is_dir():
         raise Failure(f"{run} is not the folder of a run")
+
+
+def _print_history(run: Path) -> None:
     for line in Journal(run / "live" / "journal.jsonl").read():
         when = "?"
         with suppress(OverflowError, ValueError, OSError):  # a stranger's line

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.report import class_scores, scores_table
 from src.cli import CLI, age_text
 from src.cli import main as run
-from src.errors import OneLineParser, UsageError, refuse
+from src.errors import Interrupted, OneLineParser, UsageError, refuse
 from src.live.commands import LOCK
 from src.live.files import open_lock
 from src.live.liveness import lives, try_hold
@@ -92,7 +92,11 @@ class Watch(CLI):
         lock = open_lock(self.live / "live" / ".watch")
         if not try_hold(lock):
             sys.stdout.write("note: another watch writes the curves of this run into TensorBoard\n")
-        with LiveWeights.open(self.live) as reader, _screen() as show, suppress(KeyboardInterrupt, SystemExit):
+        with (
+            LiveWeights.open(self.live) as reader,
+            _screen() as show,
+            suppress(Interrupted, KeyboardInterrupt, SystemExit),
+        ):
             for version in reader:
                 self.take(version)
                 self.trainer.validate(self.model, self.datamodule, verbose=False)

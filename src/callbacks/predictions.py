@@ -4,6 +4,7 @@ python -m src predict --ckpt_path best --data.images photos/
 """
 
 import csv
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from src.checkpoint_io import commit
 from src.data import Batch
 from src.data.images import ImageFiles
 
@@ -50,13 +52,15 @@ class Predictions(pl.Callback):
         assert isinstance(loader, ImageFiles)
         self.unreadable = loader.unreadable
         width = max((len(str(loader.files[i])) for i in self._rows), default=0)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "class", "probability"])
-            for i, (name, probability) in sorted(self._rows.items()):
-                writer.writerow([loader.files[i], name, f"{probability:.6f}"])
-                sys.stdout.write(f"{loader.files[i]!s:{width}}  {name}  {probability:.4f}\n")
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(["file", "class", "probability"])
+        for i, (name, probability) in sorted(self._rows.items()):
+            writer.writerow([loader.files[i], name, f"{probability:.6f}"])
+            sys.stdout.write(f"{loader.files[i]!s:{width}}  {name}  {probability:.4f}\n")
         for path, reason in self.unreadable.items():
             sys.stderr.write(f"error: {path}: {reason}\n")
+        # The name of a file need not be UTF-8: its bytes are kept.
+        commit(table.getvalue().encode("utf-8", "surrogateescape"), self.path)
         sys.stdout.write(f"written: {self.path}\n")
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 python -m src test --ckpt_path best
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from src.checkpoint_io import commit
 from src.classifier import ImageClassifier
 
 if TYPE_CHECKING:
@@ -53,9 +55,11 @@ class Report(pl.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
             return  # a batch is no test
         assert isinstance(pl_module, ImageClassifier)
-        (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
+        commit((json.dumps(results, indent=2) + "\n").encode(), self.folder / "test.json")
         figure = confusion_figure(pl_module.confusion_matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]
-        figure.savefig(self.folder / "test_confusion.png")
+        picture = io.BytesIO()
+        figure.savefig(picture)
+        commit(picture.getvalue(), self.folder / "test_confusion.png")
         Console().print(f"written: {self.folder / 'test.json'}, test_confusion.png", highlight=False, soft_wrap=True)
 
     def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, Any]:

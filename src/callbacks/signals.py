@@ -1,13 +1,13 @@
-"""SIGINT, SIGTERM and SIGUSR1 (SLURM's warning): finish the step, save, and say how to go on.
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 (SLURM's warning): finish the step, save, and say how to go on.
 
 The handler only sets a flag. The flag is looked at between batches, of training, validation and the sanity check.
 """
 
 import os
+import shlex
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,7 +18,7 @@ from src.callbacks.checkpoint import Checkpoint, validation_follows
 from src.callbacks.resume import Position
 from src.errors import Interrupted
 
-_NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_NUMBERS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
 
 
 class Signals(pl.Callback):
@@ -28,6 +28,7 @@ class Signals(pl.Callback):
 
     def __init__(self) -> None:
         self.received = 0
+        self._terminals = [output for output in (1, 2) if os.isatty(output)]
         self._launcher: Any = None
         self._step = 0
 
@@ -97,10 +98,10 @@ class Signals(pl.Callback):
         callback.wait(trainer)
         if not (callback.folder / "last.ckpt").is_file():
             raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
-        path = os.path.relpath(callback.folder / "last.ckpt")
+        path = shlex.quote(os.path.relpath(callback.folder / "last.ckpt"))
         raise Interrupted(
             number,
-            f"at step {trainer.global_step}; go on with: python -m src fit --ckpt_path {Path(path)}",
+            f"at step {trainer.global_step}; go on with: python -m src fit --ckpt_path {path}",
         )
 
     def _listen(self, trainer: pl.Trainer) -> None:
@@ -108,7 +109,8 @@ class Signals(pl.Callback):
         self._launcher = trainer.strategy.launcher
         if threading.current_thread() is threading.main_thread():
             for number in _NUMBERS:
-                signal.signal(number, self._handle)
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                    signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
@@ -118,6 +120,10 @@ class Signals(pl.Callback):
             if self._launcher is not None:
                 self._launcher.kill(signal.SIGKILL)
             os._exit(128 + number)
+        if signal.Signals(number).name == "SIGHUP":  # to write to a terminal that is gone would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in self._terminals:
+                os.dup2(nowhere, output)
         self.received = number
 
     def _asked(self, trainer: pl.Trainer) -> bool:

@@ -190,6 +190,14 @@ BAD_ARGUMENTS = [
         "model.lr_scheduler: there are several classes ReduceLROnPlateau; give the import path of one: torch.optim.",
     ),
     (["fit", "--model.optimizer=torch.optim.AdamWW"], "model.optimizer: there is no class torch.optim.AdamWW; give"),
+    (
+        ["fit", "--model.lr_scheduler=torch.optim.SGD"],
+        "model.lr_scheduler: torch.optim.SGD is not a LRScheduler or ReduceLROnPlateau",
+    ),
+    (["fit", "--data=[]"], "data: '[]' is not valid; see --help"),
+    (["fit", "--data.seed=3"], "data.seed: it is that of the whole run; give seed_everything"),
+    (["fit", "--model.network=CNN", "--model.network.num_classes=3"], "model.network.num_classes: it is that of the d"),
+    (["fit", "--ckpt_path=null", "--data.batch_size=0"], "data.batch_size: 0 is out of range"),
     (["test"], "test needs weights: give --ckpt_path best, last, or a file"),
     (["validate"], "validate needs weights"),
     (["predict"], "predict needs weights"),
@@ -203,7 +211,24 @@ BAD_CONFIGS = [
         "unknown key data.batch_sise; did you mean data.batch_",
     ),
     ("model: {network: {class_path: CNN, init_args: {dropout: 1.5}}}", "model.network.dropout: 1.5 is out of range"),
-    ("model: [", "config: not valid YAML"),
+    ("model: [", "config: bad.yaml is not valid YAML: expected the node content, but found '<stream end>' in line 1"),
+    ("", "config: bad.yaml has no keys"),
+    ("- 1", "config: bad.yaml has no keys"),
+    ("1: 2", "config: bad.yaml: the key 1 is not a text"),
+    ("trainer:\n  max_epochs: 1\n  max_epochs: 2", "config: bad.yaml: max_epochs is given twice, in lines 2, 3"),
+    ("trainer: [max_epochs: 3]", "trainer: [{'max_epochs': 3}] is not valid; expected keys and values (bad.yaml)"),
+    ("model: 3", "model: 3 is not valid; expected keys and values (bad.yaml)"),
+    ("checkpoint: null", "checkpoint: None is not valid; expected keys and values (bad.yaml)"),
+    ("data: [1]", "data: [1] is not valid; expected a class"),
+    ("model: {network: null}", "model.network: it has to be given"),
+    (
+        "model: {optimizer: {class_path: torch.optim.SGD, lr: 0.1}}",
+        "model.optimizer.lr: arguments of a class are under",
+    ),
+    ("model: {optimizer: {class_path: 3}}", "model.optimizer.class_path: 3 is not the name of a class (bad.yaml)"),
+    ("model: {network: {class_path: CNN, init_args: [1]}}", "model.network.init_args: [1] is not valid; expected keys"),
+    ("model: {optimizer: {class_path: torch.optim.SDG}}", "model.optimizer: there is no class torch.optim.SDG; give"),
+    ("data: {class_path: Shapes10, init_args: {seed: 3}}", "data.seed: it is that of the whole run; give seed_everyth"),
     (
         "model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {gamma: 0.5}}}",
         "model.lr_scheduler: StepLR needs step_size; give model.lr_scheduler.step_size",
@@ -292,6 +317,16 @@ def test_in_a_process_of_its_own_there_is_the_line_and_nothing_else(tmp_path: Pa
     assert done.stderr == "error: data.batch_size: 0 is out of range: at least 1 image\n"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lightning_says_of_a_cluster_takes_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("SLURM_NTASKS", "4"), ("SLURM_JOB_ID", "1"), ("SLURM_JOB_NAME", "train")):
+        monkeypatch.setenv(name, value)
+    status, error = refusal(["fit"], capsys)
+    assert (status, "`--ntasks=4`" in error) == (2, True), error
 
 
 def test_a_traceback_is_shown_to_who_asks_for_it(tmp_path: Path) -> None:

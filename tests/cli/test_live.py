@@ -243,6 +243,7 @@ def test_steering_and_publishing_can_be_turned_off(tmp_path: Path) -> None:
         (["steer", "x", "lr=NaN"], "lr: 'NaN' is not a number"),
         (["steer", "x", "lr=1e999"], "lr: '1e999' is not a number"),
         (["steer", "x", "lr=1", "lr=2"], "lr is given twice"),
+        (["steer", "x", "=3"], "'=3': the name of a value is missing, as in lr=0.02"),
         (["steer", "x"], "the following arguments are required: WHAT; see python -m src steer --help"),
         (["watch"], "the following arguments are required: RUN; see python -m src watch --help"),
         (["watch", "x", "--device=tpu"], "device: 'tpu' is none of cpu, cuda, cuda:1, mps"),
@@ -259,6 +260,8 @@ def test_a_command_that_cannot_be_is_one_line(words: list[str], said: str, tmp_p
     [
         (["steer", "x", "lr=1"], "x: there is no such folder; give that of a run"),
         (["steer", ".", "history"], ". is not the folder of a run"),
+        (["steer", ".", "status"], ". is not the folder of a run"),
+        (["steer", "x", "status"], "x: there is no such folder; give that of a run"),
         (["watch", "x"], "live: x is not the folder of a run: it has no config.yaml"),
         (["predict", "--live", "x", "--data.images=y"], "live: x is not the folder of a run: it has no config.yaml"),
         (["fit", "--replay", "x"], "replay: x is not the folder of a run: it has no config.yaml"),

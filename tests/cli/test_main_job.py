@@ -147,6 +147,34 @@ def test_predict_names_class_and_probability_of_any_image_and_the_unreadable(
     assert "no image given" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are UTF-8")
+def test_files_of_any_name_are_predicted_whatever_the_output_can_show(run: Path, tmp_path: Path) -> None:
+    names = ["a.png", "猫.png", os.fsdecode(b"bad\xff.png")]
+    for name in names:
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    command = ["predict", "--ckpt_path", str(run / "checkpoints/last.ckpt"), "--data.images", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"}
+    closed = f'exec {sys.executable} -m src "$@" >&-'
+    for words in ([sys.executable, "-m", "src", *command], ["sh", "-c", closed, "sh", *command]):
+        (run / "predictions.csv").unlink(missing_ok=True)
+        done = subprocess.run(words, env=env, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        written = (run / "predictions.csv").read_bytes()
+        assert all(os.fsencode(name) in written for name in names)
+
+
+@pytest.mark.usefixtures("run")
+def test_who_has_read_enough_is_not_told_of_a_broken_pipe() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for command, status in ((["steer", "--help"], 0), (["test", "--ckpt_path=last"], 141)):
+        words = [sys.executable, "-m", "src", *command]
+        done = subprocess.run(words, env=env, stdout=writing, stderr=subprocess.PIPE, check=False)
+        assert (done.returncode, done.stderr) == (status, b""), command
+    os.close(writing)
+
+
 @pytest.mark.usefixtures("run")
 def test_the_command_line_beats_the_config_which_beats_the_checkpoint(tmp_path: Path) -> None:
     from src.cli import CLI
@@ -156,6 +184,21 @@ def test_the_command_line_beats_the_config_which_beats_the_checkpoint(tmp_path: 
     assert cli.model.hparams["label_smoothing"] == 0.2
     assert cli.datamodule.eval_batch_size == 9
     assert cli.datamodule.batch_size == 50, "what nobody names comes from the checkpoint"
+
+
+def test_no_checkpoint_is_what_null_asks_for_and_the_rest_of_the_command_line_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--ckpt_path=null", "--trainer.max_steps=3"]) == 0
+    assert manifest(Path("lightning_logs/version_0/checkpoints/last.ckpt")).step == 3
+
+
+def test_the_config_that_is_printed_is_the_one_that_is_used(run: Path) -> None:
+    checkpoint = f"--ckpt_path={run.resolve() / 'checkpoints/last.ckpt'}"
+    for command in ("fit", "test"):
+        printed = yaml.safe_load(run_src(command, checkpoint, "--print_config", cwd=run).stdout)
+        assert printed["data"]["init_args"]["train_images"] == 400, "the checkpoint's, not the default"
 
 
 def test_the_saved_config_starts_the_same_run_again(run: Path) -> None:

@@ -4,6 +4,7 @@ A process that is killed takes the others of its run with it, and what was saved
 """
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
 from src.checkpoint_io import manifest, read
-from tests.conftest import REPOSITORY, run_src
+from tests.conftest import REPOSITORY, TINY, run_src
 from tests.faults import breakers
 from tests.faults.probe import SMALL, assert_same_run, batches, fit, probed
 
@@ -42,6 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("SIGTERM", "val 6", 6, 143),
         ("SIGTERM", "sanity", 0, 143),
         ("SIGINT", "train 7", 8, 130),
+        ("SIGHUP", "train 7", 8, 129),
         ("SIGUSR1", "train 11", 12, 138),
     ],
 )
@@ -83,6 +86,62 @@ def test_a_second_sigint_ends_at_once_a_step_that_never_does(tmp_path: Path) -> 
     assert done.stderr == ""
     assert len(batches(tmp_path / "log")) == 3
     assert not (tmp_path / LAST).exists(), "nothing is saved in the middle of a step"
+
+
+def test_when_the_terminal_goes_away_all_is_saved(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+    code = (
+        "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[0] = 'src'; "
+        "runpy.run_module('src', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, "fit", *TINY, "--trainer.max_epochs=1000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while b"Epoch 3/1000" not in seen:
+            seen += os.read(ours, 65536)
+        os.close(ours)
+        assert process.wait(60) == 129
+    assert manifest(tmp_path / LAST).step >= 12
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_where_nothing_can_be_saved_a_signal_ends_it_at_once(
+    command: str, number: str, status: int, trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    code = f"""if True:
+        import os, signal, sys
+        import src.classifier, src.data.module
+        from src.cli import main
+
+        def end(*_):
+            os.kill(os.getpid(), signal.{number})
+
+        src.data.module.ImageData.prepare_data = end
+        src.classifier.ImageClassifier.test_step = src.classifier.ImageClassifier.predict_step = end
+        sys.exit(main(sys.argv[1:]))
+    """
+    words = [command]
+    if command == "fit":
+        words += TINY
+    else:
+        words += ["--ckpt_path", str(trained[0] / LAST)]
+    if command == "predict":
+        Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+        words += ["--data.images", "a.png"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    before = sorted(trained[0].rglob("*.csv")) + sorted(trained[0].rglob("*.json"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    when = "before the first step; nothing was saved" if command == "fit" else "before the end; nothing was written"
+    assert (done.returncode, done.stderr) == (status, f"stopped by {number} {when}\n")
+    assert not list(tmp_path.glob("lightning_logs/*"))
+    assert before == sorted(trained[0].rglob("*.csv")) + sorted(trained[0].rglob("*.json"))
 
 
 class Ended(NamedTuple):
