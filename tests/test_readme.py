@@ -74,7 +74,7 @@ def test_a_fit_command_of_the_readme_is_understood(
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit) as exit_:
-        main([*shlex.split(command), "--print_config"])
+        main([*shlex.split(command.replace("--ckpt_path last", "")), "--print_config"])  # there is no run here
     assert exit_.value.code in (None, 0), capsys.readouterr().err
 
 
