@@ -49,7 +49,7 @@ def _make_writable() -> None:
         if stream is None:
             # It stays open for as long as this process lasts.
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8", errors="replace"))  # noqa: SIM115
-        elif isinstance(stream, TextIOWrapper) and stream.errors in _FAIL[stream.encoding == "utf-8"]:
+        elif isinstance(stream, TextIOWrapper) and stream.errors in _FAIL[stream.encoding.lower() == "utf-8"]:
             stream.reconfigure(errors="replace")
 
 

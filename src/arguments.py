@@ -139,10 +139,11 @@ def check_keys(text: str, name: str) -> None:
         if isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
-                line = key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                    raise UsageError(f"config: {name}: {key.value} is given twice, in lines {lines[key.value]}, {line}")
                 todo.append(value)
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                    raise UsageError(f"config: {name}: {key.value} is given twice, in lines {lines[key.value]}, {line}")
+                lines[key.value if isinstance(key, yaml.ScalarNode) else ""] = line
 
 
 def check_nesting(value: Any, name: str, deepest: int = 30, most: int = 100_000) -> None:

@@ -13,7 +13,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -162,30 +163,27 @@ class CLI(LightningCLI):
         self.changes: dict[str, list[Any]] = {}
         self.resumed: Path | None = None
         self.step = 0
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                    signal.signal(number, self._stop)
-        super().__init__(
-            ImageClassifier,
-            ImageData,
-            subclass_mode_data=True,
-            save_config_callback=RunRecord,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            trainer_defaults={"max_epochs": 10, "log_every_n_steps": 10},
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": "python -m src",
-                "version": __version__,
-                "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
-                "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 changes "
-                "how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch --help, steer "
-                "--help and feed --help.",
-                **{name: {"description": text, "epilog": _CLASSES} for name, text in _HELP.items()},
-            },
-            args=args,
-        )
+        with _heard_by(self._stop):
+            super().__init__(
+                ImageClassifier,
+                ImageData,
+                subclass_mode_data=True,
+                save_config_callback=RunRecord,
+                seed_everything_default=42,
+                auto_configure_optimizers=False,
+                trainer_defaults={"max_epochs": 10, "log_every_n_steps": 10},
+                parser_class=Parser,
+                parser_kwargs={
+                    "prog": "python -m src",
+                    "version": __version__,
+                    "description": "Live CIFAR-10: train, watch and evaluate image classifiers.",
+                    "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 "
+                    "changes how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch "
+                    "--help, steer --help and feed --help.",
+                    **{name: {"description": text, "epilog": _CLASSES} for name, text in _HELP.items()},
+                },
+                args=args,
+            )
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """End at once, where there is nothing to save: before and after training, and in all that is not a fit."""
@@ -584,6 +582,21 @@ class CLI(LightningCLI):
             _say(f"test:        python -m src test{config} --ckpt_path {best}")
 
 
+@contextmanager
+def _heard_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM be heard, unless somebody hears or ignores them already."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread()]
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = {n: h for n, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    try:
+        for number in ours:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
 def _seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
         raise ValueError("seed_everything: give a whole number: a run is a function of its seed")
@@ -656,7 +669,6 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
     yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
     # Raised inside Lightning: Lightning issue 21326.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         cli = build(list(sys.argv[1:] if args is None else args))
     except Interrupted as error:
@@ -683,10 +695,6 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
         if not isinstance(error, MisconfigurationException) and not lightnings:
             raise
         return refuse(UsageError(str(error)))
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
     _leave_group()
     return 1 if cli.subcommand == "predict" and cli.predictions.unreadable else 0
 

@@ -21,7 +21,7 @@ _BASES: dict[str, type] = {
     "Augmentation": Augmentation,
     "Mixing": Mixing,
 }
-_PACKAGES = ("torch.optim.lr_scheduler", "torch.optim", "lightning.pytorch.callbacks")
+_PACKAGES = ("torch.optim.lr_scheduler", "torch.optim", "lightning.pytorch.callbacks", "src.optim")
 """Where there are classes that need no import path, beside this project's."""
 
 _WORDS = {
@@ -57,6 +57,8 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
         return f"give a sub-command: {found[1].replace(',', ', ')}, watch, steer, feed"
     if found := re.search(r"Parser key \"config\": File does not exist: '(.+)'", message):
         return f"config: there is no file {found[1]}"
+    if message.startswith("Problems parsing config"):  # one that is no file, but is given itself
+        return f"config: not valid YAML: {_flat(message.split(':', 1)[1])}"
     if found := re.search(r"the following arguments are required: ([\w.]+)", message):
         return _missing(found[1], args, configs)
     if found := re.search(r"compute_fn of link .* failed: (.+)", message, re.DOTALL):
@@ -84,7 +86,8 @@ def _bad_value(key: str, detail: str) -> str:
         return f"{key}: {found[1]} is not a {found[2].rstrip('.').replace(', ', ' or ')}"
     if value is not None and "expects a function or a callable class" in detail:
         named = re.match(r"Namespace\(class_path='([^']*)'", value)
-        return f"{key}: there is no class {named[1] if named else value}{_choices('')}"
+        name = named[1] if named else value
+        return f"{key}: there is no class {name}{_choices('', name)}"
     if found := re.search(r"Expected a dot import path string: (\S+)", detail):
         base = next(iter(re.findall(r"<class '[\w.]*?(\w+)'>", detail)), "")
         base = base if base in _BASES else {"network": "Network", "mix": "Mixing", "augment": "Augmentation"}.get(
@@ -93,7 +96,7 @@ def _bad_value(key: str, detail: str) -> str:
         numbers = _expected(detail)
         if not base and numbers not in ("", "null"):
             return f"{key}: {found[1]!r} is not valid; expected {numbers}"
-        return f"{key}: there is no class {found[1]}{_choices(base)}"
+        return f"{key}: there is no class {found[1]}{_choices(base, found[1])}"
     expected = _expected(detail)
     if value is not None and expected == "null":  # all else that it may be is too long to tell
         return f"{key}: {value!r} is not valid; see --help"
@@ -122,7 +125,7 @@ def _missing(argument: str, args: Sequence[str], configs: Sequence[str]) -> str:
     named = [pair for word in args for pair in [word.removeprefix("--").partition("=")[::2]] if word.startswith("--")]
     named += [(option.removeprefix("--"), value) for option, value in pairwise(args) if option.startswith("--")]
     for key, text in named:
-        with suppress(yaml.YAMLError):
+        with suppress(yaml.YAMLError, ValueError):
             configs = [*configs, yaml.safe_dump({key.rstrip("+").removesuffix(".class_path"): yaml.safe_load(text)})]
     for config in configs:
         for key, name in _texts(yaml.safe_load(config), ()):
@@ -153,9 +156,11 @@ def _required(name: str) -> list[str]:
     return [p.name for p in parameters[1:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def _choices(base: str) -> str:
+def _choices(base: str, name: str = "") -> str:
     if base not in _BASES:
-        return "; give its whole import path, such as torch.optim.SGD"
+        known = {n for place in _PACKAGES for n, found in vars(sys.modules[place]).items() if isinstance(found, type)}
+        near = difflib.get_close_matches(name.rsplit(".", 1)[-1], sorted(known), n=1)
+        return f"; did you mean {near[0]}?" if near else "; give its whole import path, such as torch.optim.SGD"
     names = sorted(c.__name__ for c in _subclasses(_BASES[base]) if not inspect.isabstract(c))
     return f"; there are {', '.join(names)}, or give the import path of one of yours"
 

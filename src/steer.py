@@ -67,6 +67,8 @@ def main(args: Sequence[str]) -> int:
         _print_answer(command, answer)
     except (UsageError, Failure) as error:
         return refuse(error)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a TimeoutError is one
         return refuse(Failure(str(error)))
     except KeyboardInterrupt:

@@ -102,13 +102,19 @@ class CIFAR10(ImageData):
         )
         if not self.download:
             raise Failure(f"there is no CIFAR-10 in {archive.parent}: {advice}")
+        folder = archive.parent
+        if folder.exists() and not folder.is_dir():
+            raise Failure(f"data.root: {folder} is not a folder")
+        existed = folder.exists()
         partial = archive.with_name(f"{archive.name}.part")  # a download that is broken off leaves no archive
         try:
-            download_url(_OFFICIAL.url, str(partial.parent), partial.name, _OFFICIAL.tgz_md5)
+            download_url(_OFFICIAL.url, str(folder), partial.name, _OFFICIAL.tgz_md5)
             partial.replace(archive)
         except (OSError, RuntimeError) as error:  # RuntimeError: the download came out with another MD5
             with suppress(OSError):
-                partial.unlink()
+                partial.unlink(missing_ok=True)
+                if not existed:
+                    folder.rmdir()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Failure(f"CIFAR-10 could not be downloaded ({reason}): {advice}") from error
 

@@ -189,7 +189,12 @@ BAD_ARGUMENTS = [
         ["fit", "--model.lr_scheduler=ReduceLROnPlateau"],
         "model.lr_scheduler: there are several classes ReduceLROnPlateau; give the import path of one: torch.optim.",
     ),
-    (["fit", "--model.optimizer=torch.optim.AdamWW"], "model.optimizer: there is no class torch.optim.AdamWW; give"),
+    (
+        ["fit", "--model.optimizer=torch.optim.AdamWW"],
+        "model.optimizer: there is no class torch.optim.AdamWW; did you mean AdamW?",
+    ),
+    (["fit", "--model.lr_scheduler=OneCycl"], "model.lr_scheduler: there is no class OneCycl; did you mean OneCycle?"),
+    (["fit", "--model.optimizer=Foo"], "model.optimizer: there is no class Foo; give its whole import path, such as"),
     (
         ["fit", "--model.lr_scheduler=torch.optim.SGD"],
         "model.lr_scheduler: torch.optim.SGD is not a LRScheduler or ReduceLROnPlateau",
@@ -227,7 +232,7 @@ BAD_CONFIGS = [
     ),
     ("model: {optimizer: {class_path: 3}}", "model.optimizer.class_path: 3 is not the name of a class (bad.yaml)"),
     ("model: {network: {class_path: CNN, init_args: [1]}}", "model.network.init_args: [1] is not valid; expected keys"),
-    ("model: {optimizer: {class_path: torch.optim.SDG}}", "model.optimizer: there is no class torch.optim.SDG; give"),
+    ("model: {optimizer: {class_path: torch.optim.SDG}}", "model.optimizer: there is no class torch.optim.SDG; did y"),
     ("data: {class_path: Shapes10, init_args: {seed: 3}}", "data.seed: it is that of the whole run; give seed_everyth"),
     (
         "model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {gamma: 0.5}}}",

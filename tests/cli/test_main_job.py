@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.callbacks.record import RunLogger
 from src.checkpoint_io import manifest
 from src.cli import main
+from src.live.journal import Journal
 from tests.conftest import REPOSITORY, TINY, run_src
 
 CURVES = ("train/loss", "train/acc", "val/loss", "val/acc", "lr", "images/s")
@@ -165,10 +166,13 @@ def test_files_of_any_name_are_predicted_whatever_the_output_can_show(run: Path,
 
 @pytest.mark.usefixtures("run")
 def test_who_has_read_enough_is_not_told_of_a_broken_pipe() -> None:
+    journal = Journal(Path("busy/live/journal.jsonl"))
+    for step in range(300):
+        journal.append(step, "set", "lr", before=0.1, requested=0.2, effective=0.2)
     reading, writing = os.pipe()
     os.close(reading)
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    for command, status in ((["steer", "--help"], 0), (["test", "--ckpt_path=last"], 141)):
+    for command, status in ((["steer", "busy", "history"], 141), (["test", "--ckpt_path=last"], 141)):
         words = [sys.executable, "-m", "src", *command]
         done = subprocess.run(words, env=env, stdout=writing, stderr=subprocess.PIPE, check=False)
         assert (done.returncode, done.stderr) == (status, b""), command

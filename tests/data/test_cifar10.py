@@ -267,6 +267,7 @@ def test_what_is_not_a_batch_is_refused_by_name(content: bytes) -> None:
 
 def test_a_failed_download_says_where_to_put_what(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(url: str, folder: str, name: str, md5: str) -> None:
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / name).write_bytes(b"half")
         raise URLError(f"no route for {url} {md5}")
 
@@ -276,6 +277,9 @@ def test_a_failed_download_says_where_to_put_what(root: Path, monkeypatch: pytes
     assert f"put {ARCHIVE} from {OFFICIAL.url} into {root}" in message
     assert "configs/quickstart.yaml" in message
     assert list(root.iterdir()) == [], "no half a file is left to stumble over"
+    root.rmdir()
+    assert refusal(root).startswith("CIFAR-10 could not be downloaded")
+    assert not root.exists(), "nor a folder that was not there"
 
 
 def test_without_download_nothing_is_fetched_and_the_advice_is_the_same(root: Path) -> None:
@@ -304,7 +308,7 @@ def test_a_download_is_read_right_away_whichever_path_was_named(
 def test_a_root_that_is_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
     plain = tmp_path / "plain.txt"
     plain.write_text("not a folder")
-    assert f"into {plain}" in refusal(plain)
+    assert refusal(plain) == f"data.root: {plain} is not a folder"
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
