@@ -82,7 +82,7 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"label_smoothing: {label_smoothing} is out of range: at least 0, below 1")
         if freeze_backbone < 0:
             raise ValueError(f"freeze_backbone: {freeze_backbone} is out of range: 0 or more epochs")
-        if backbone_lr is not None and not backbone_lr > 0:
+        if backbone_lr is not None and not 0 < backbone_lr < math.inf:
             raise ValueError(f"backbone_lr: {backbone_lr} is out of range: above 0")
         classes = num_classes if selection is None else getattr(selection.network.head, "out_features", num_classes)
         if classes != num_classes:

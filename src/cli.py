@@ -277,6 +277,9 @@ class CLI(LightningCLI):
         args = join_paths(args)
         Parser.command_line = args
         texts = config_texts(args)
+        early = bool(args) and args[0].partition("=")[0] in ("--config", "-c")
+        if early and not any(_SUBCOMMANDS.keys() & yaml.safe_load(text).keys() for text in texts):
+            raise UsageError("config: it is given behind the sub-command: python -m src fit --config FILE")
         # Which data set and network the other options are of is in the checkpoint.
         finds = ("--config", "-c", "--ckpt_path", "--live", "--trainer.default_root_dir")
         options = {word.partition("=")[0] for word in args}
@@ -684,7 +687,10 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
         return refuse(error)
     except BrokenPipeError:
         raise
-    except (OSError, ImportError) as error:
+    except OSError as error:
+        nameless = error.filename is None and error.strerror is not None
+        return refuse(Failure(f"a file could not be written or read ({error.strerror})" if nameless else str(error)))
+    except ImportError as error:
         return refuse(Failure(str(error)))
     except OverflowError as error:
         return refuse(UsageError(f"a number is out of range: {error}"))

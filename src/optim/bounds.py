@@ -20,6 +20,11 @@ class Bound(NamedTuple):
         """Say the range as a person would."""
         return f"at least {self.low:g}" + ("" if self.high >= _LARGEST else f", below {self.high:g}")
 
+    def limits(self, value: object) -> str:
+        """Say the range to who has given a value outside of it; what float32 cannot hold is known to who exceeds it."""
+        above = isinstance(value, (int, float)) and self.high <= value < math.inf
+        return f"at least {self.low:g}, below {self.high:g}" if above else str(self)
+
     def holds(self, value: object) -> bool:
         """Return whether a number, or each of several, lies in the range; NaN and infinity never do."""
         if isinstance(value, (tuple, list)):
@@ -60,5 +65,5 @@ def build_checked(build: Callable[[], Optimizer]) -> Optimizer:
     for group in optimizer.param_groups:
         for name, bound in BOUNDS.items():
             if name in group and not bound.holds(group[name]):
-                raise ValueError(f"{name}: {group[name]} is out of range: {bound}")
+                raise ValueError(f"{name}: {group[name]} is out of range: {bound.limits(group[name])}")
     return optimizer

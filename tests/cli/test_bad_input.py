@@ -59,6 +59,9 @@ BAD_ARGUMENTS = [
     (["fit", "--data.augment", "[{class_path: RandomFlip, init_args: {mode: up}}]"], "data.augment.mode: 'up' is not"),
     (["fit", "--model.optimizer.lr", "-1"], "model.optimizer.lr: -1.0 is out of range: at least 0"),
     (["fit", "--model.optimizer.lr", ".inf"], "model.optimizer.lr: inf is out of range"),
+    (["fit", "--model.optimizer.lr", "1e39"], "model.optimizer.lr: 1e+39 is out of range: at least 0, below 3.4e+38"),
+    (["fit", "--model.backbone_lr", ".inf"], "model.backbone_lr: inf is out of range: above 0"),
+    (["--config", f"{CONFIGS}/quickstart.yaml", "fit"], "config: it is given behind the sub-command: python -m src "),
     (
         ["fit", "--model.optimizer.momentum", "1.5"],
         "model.optimizer.momentum: 1.5 is out of range: at least 0, below 1",
