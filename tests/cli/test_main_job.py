@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -194,7 +195,9 @@ def test_no_checkpoint_is_what_null_asks_for_and_the_rest_of_the_command_line_co
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main(["fit", *TINY, "--ckpt_path=null", "--trainer.max_steps=3"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert manifest(Path("lightning_logs/version_0/checkpoints/last.ckpt")).step == 3
 
 
@@ -390,6 +393,16 @@ def test_a_fit_can_have_the_loggers_the_bar_and_the_bareness_of_lightning(
     assert "run:" not in run_src("fit", *TINY, "--trainer.barebones=true", cwd=tmp_path).stdout
     timer = "--trainer.callbacks=lightning.pytorch.callbacks.Timer"
     assert main(["fit", *TINY, "--trainer.val_check_interval=00:00:00:01", timer]) == 0
+
+
+def test_the_last_lines_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *TINY, "--trainer.default_root_dir=a b"]) == 0
+    out = capsys.readouterr().out
+    assert "tensorboard --logdir 'a b/lightning_logs/version_0'\n" in out
+    assert "--ckpt_path 'a b/lightning_logs/version_0/checkpoints/best.ckpt'\n" in out
 
 
 def test_the_lr_is_shown_where_groups_have_names(

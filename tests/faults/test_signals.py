@@ -88,6 +88,28 @@ def test_a_second_sigint_ends_at_once_a_step_that_never_does(tmp_path: Path) -> 
     assert not (tmp_path / LAST).exists(), "nothing is saved in the middle of a step"
 
 
+def test_nohup_stays_what_it_is_and_a_printed_command_can_be_pasted(tmp_path: Path) -> None:
+    root = "--trainer.default_root_dir=a b"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-m", "src", "fit"]
+    deaf = [*command, *SMALL, root, *probed(Path("log"), "train 3", number="SIGHUP")]
+    subprocess.run(deaf, cwd=tmp_path, env=env, check=True, capture_output=True)
+    done = run_src("fit", *SMALL, root, *probed(Path("log"), "train 3"), cwd=tmp_path, status=143)
+    assert done.stderr.endswith("--ckpt_path 'a b/lightning_logs/version_1/checkpoints/last.ckpt'\n")
+
+
+def test_while_modules_are_loaded_ctrl_c_tells_nothing_of_their_insides(tmp_path: Path) -> None:
+    code = """if True:
+        import os, signal
+        import src.__main__ as entry
+        entry.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)
+        entry.main()
+    """
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 def test_when_the_terminal_goes_away_all_is_saved(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
@@ -115,14 +137,14 @@ def test_where_nothing_can_be_saved_a_signal_ends_it_at_once(
 ) -> None:
     code = f"""if True:
         import os, signal, sys
-        import src.classifier, src.data.module
+        import src.classifier
         from src.cli import main
 
         def end(*_):
             os.kill(os.getpid(), signal.{number})
 
-        src.data.module.ImageData.prepare_data = end
-        src.classifier.ImageClassifier.test_step = src.classifier.ImageClassifier.predict_step = end
+        for name in ("configure_optimizers", "test_step", "predict_step"):
+            setattr(src.classifier.ImageClassifier, name, end)
         sys.exit(main(sys.argv[1:]))
     """
     words = [command]
