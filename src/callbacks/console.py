@@ -59,6 +59,7 @@ class LiveBar(RichProgressBar):
         """End the bar of an epoch; Lightning's would wait for the thread that draws, which sleeps half a second."""
         if self.progress is not None:
             Progress.stop(self.progress)
+            self.progress.live._get_renderable = None  # else the sleeper keeps alive what it draws, data set and all
             self._progress_stopped = True
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

@@ -1,6 +1,7 @@
 """In a terminal there is a progress bar with what a person wants to see."""
 
 import fcntl
+import gc
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,10 @@ def test_no_epoch_waits_until_the_thread_that_draws_has_slept(monkeypatch: pytes
     thread = bar.progress.live._refresh_thread
     bar._stop_progress()
     assert thread.is_alive(), "it still sleeps"
+    drawn = weakref.ref(bar.progress)
+    del bar
+    gc.collect()
+    assert drawn() is None, "and keeps nothing alive"
     awake.set()
     thread.join(20)
     assert not thread.is_alive()
