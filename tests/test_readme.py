@@ -54,6 +54,13 @@ def test_both_languages_tell_the_same_measurements() -> None:
             assert here == there, english
 
 
+def test_the_layout_is_the_one_that_was_asked_for_and_runs_are_never_committed() -> None:
+    for name in ("pyproject.toml", "README.md", "src", "configs", "tests", "lightning_logs/.gitignore"):
+        assert (REPOSITORY / name).exists(), name
+    lines = (REPOSITORY / "lightning_logs/.gitignore").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["*", "!.gitignore"]
+
+
 def test_every_link_and_file_in_the_readme_is_there() -> None:
     pages = [REPOSITORY / f"{name}{end}.md" for name in ("README", "docs/measurements") for end in LANGUAGES]
     for page in pages:
