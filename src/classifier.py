@@ -381,6 +381,8 @@ class ImageClassifier(pl.LightningModule):
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Group the parameters: head first, then backbone if its lr differs; each by whether it decays."""
         groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+        if not self.parameters_by_name():
+            raise ValueError(f"network: {type(self.network).__name__} has nothing to learn: it has no parameters")
         for name, parameter in self.parameters_by_name().items():
             name = name.replace("_fsdp_wrapped_module.", "")
             key = (name in self._backbone, name in self._vectors)

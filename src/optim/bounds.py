@@ -52,15 +52,18 @@ def build_checked(build: Callable[[], Optimizer]) -> Optimizer:
     """Build an optimizer whose hyper-parameters are in their bounds.
 
     Raises:
-        ValueError: If one is not, as ``name: value is out of range: …``; or the optimizer refuses them as it does.
+        ValueError: If one is not, as ``name: value is out of range: …``, or ``name: value is not valid`` where only the
+            optimizer knows the range; what else the optimizer refuses, as ``optimizer: …`` in its words.
     """
     try:
         optimizer = build()
     except ValueError as error:
         match = re.match(r"Invalid (\D+?)(?: value| parameter.*?)?: (.+)", str(error))
         name = next((n for words, n in _TORCH_WORDS.items() if match and match[1].startswith(words)), None)
-        if match is None or name is None:
-            raise
+        if match is None:
+            raise ValueError(f"optimizer: {error}") from error
+        if name is None:
+            raise ValueError(f"{match[1].replace(' ', '_')}: {match[2]} is not valid") from error
         raise ValueError(f"{name}: {match[2]} is out of range: {BOUNDS[name]}") from error
     for group in optimizer.param_groups:
         for name, bound in BOUNDS.items():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adadelta, AdamW, Optimizer, RMSprop
 
 from src.optim.bounds import Bound, build_checked
 
@@ -41,6 +41,7 @@ def parameters() -> list[nn.Parameter]:
         (AdamW, "eps", math.inf, "eps: inf is out of range: at least 0"),
         (RMSprop, "alpha", 1.5, "alpha: 1.5 is out of range: at least 0, below 1"),
         (RMSprop, "momentum", 1.5, "momentum: 1.5 is out of range: at least 0, below 1"),
+        (Adadelta, "rho", 3.0, "rho: 3.0 is not valid"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(optimizer: Any, name: str, value: Any, said: str) -> None:
@@ -69,7 +70,7 @@ def test_values_in_range_are_kept(optimizer: Any, values: dict[str, Any]) -> Non
 
 
 def test_what_torch_refuses_for_another_reason_is_said_in_its_words() -> None:
-    with pytest.raises(ValueError, match=r"^Nesterov momentum requires a momentum"):
+    with pytest.raises(ValueError, match=r"^optimizer: Nesterov momentum requires a momentum"):
         build_checked(lambda: SGD(parameters(), nesterov=True))
 
 
