@@ -245,3 +245,19 @@ def find_checkpoint(name: str, runs: Path) -> Path:
 def run_folder(checkpoint: Path) -> Path:
     """Return the folder of the run that a checkpoint belongs to; for one on its own, the folder it is in."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """Return the config of a run."""
+    path = run / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_nesting(config, str(path))
+    except OSError as error:
+        raise Failure(f"live: {run} is not the folder of a run: it has no config.yaml") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise Failure(f"{path} cannot be read: it is not valid YAML") from error
+    sections = [config.get(key, {}) for key in ("model", "data", "trainer")] if isinstance(config, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise Failure(f"{path} is not the config of a run")
+    return dict(config)

@@ -17,45 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from src import __version__
-from src.arguments import (
-    check_nesting,
-    config_texts,
-    find_checkpoint,
-    join_paths,
-    misplaced_nulls,
-    only,
-    refuse_linked,
-    run_folder,
-)
+from src.arguments import config_texts, find_checkpoint, join_paths, only, refuse_linked, run_config, run_folder
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
 from src.callbacks.contention import Contention
 from src.callbacks.curves import Curves
 from src.callbacks.feeding import Feeding
-from src.callbacks.guard import Guard
 from src.callbacks.memory import Memory
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
@@ -66,60 +46,15 @@ from src.callbacks.resume import Resume
 from src.callbacks.signals import Signals
 from src.callbacks.steering import Steering
 from src.checkpoint_io import TRUSTED, VerifiedCheckpointIO, class_paths, leaves, read, stored_config
+from src.checks import check_config, check_run
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError, refuse
-from src.hardware import (
-    default_precision,
-    describe,
-    device_type,
-    is_out_of_memory,
-    keep_pages,
-    refuse_precision,
-)  # fmt: skip
-from src.live.replay import replayed
+from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
 from src.live.weights import LiveWeights, Version
-from src.messages import deepest_reason, explain, full_key
+from src.messages import deepest_reason, full_key
+from src.options import CLASSES, HELP, SUBCOMMANDS, Parser, add_options, complete
 from src.step_loop import StepLoop
-
-# Arguments of the Trainer's methods that are not for the user to set.
-_SUBCOMMANDS = {
-    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-    "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
-    "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
-    "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
-}
-
-_HELP = {
-    "fit": "Train a network, with live curves and checkpoints in a folder of the run's own.",
-    "validate": "Score a checkpoint on the val split.",
-    "test": "Score a checkpoint on the test set; writes test.json and a confusion matrix.",
-    "predict": "Name the classes of image files.",
-}
-
-_CLASSES = (
-    "The options of a class are told by --data.help CIFAR10, --model.network.help WhitenedCNN, "
-    "--model.optimizer.help src.optim.Muon and the like."
-)
-
-# In place of what Lightning says of them.
-_OPTIONS = {
-    "ckpt_path": "A checkpoint's file; or best or last: that of the newest run in lightning_logs that has one.",
-    "seed_everything": "The seed of order, augmentation and weights: a whole number from 0, below 2**32.",
-    "trainer.precision": "Such as 32-true, bf16-mixed, 16-mixed or bf16-true; null chooses bf16-mixed where the device "
-    "multiplies bf16 in hardware, else 32-true.",
-}
-
-# The least values of the Trainer's numbers that it does not check itself.
-_LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
-          "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
-
-# Callbacks that change a fit behind its back, so that its checkpoints do not say how to go on.
-_REFUSED: dict[type[pl.Callback], str] = {
-    StochasticWeightAveraging: "take EMAWeightAveraging",
-    LearningRateFinder: "give model.optimizer.lr",
-    BatchSizeFinder: "give data.batch_size",
-}
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
@@ -128,27 +63,8 @@ _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.f
 _NOISY = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed",
           "pytorch.trainer.connectors.signal_connector")  # fmt: skip
 
-
 # How gloo and NCCL say that the process at the other end is no more.
 _PEER_IS_GONE = re.compile(r"Connection (?:reset|closed) by peer|Broken pipe|Connection refused|remote process exited")
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors take one line, and which takes no abbreviations for options."""
-
-    command_line: Sequence[str] = ()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong with the command line, in one line, and exit."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        keys = [action.dest for action in parser._actions]
-        error = UsageError(explain(message, keys, Parser.command_line, config_texts(Parser.command_line)))
-        error.__cause__ = ex
-        # The parser takes an exception inside a nested class for one more alternative that did not fit; not an exit.
-        raise SystemExit(refuse(error))
 
 
 class CLI(LightningCLI):
@@ -180,7 +96,7 @@ class CLI(LightningCLI):
                     "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 "
                     "changes how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch "
                     "--help, steer --help and feed --help.",
-                    **{name: {"description": text, "epilog": _CLASSES} for name, text in _HELP.items()},
+                    **{name: {"description": text, "epilog": CLASSES} for name, text in HELP.items()},
                 },
                 args=args,
             )
@@ -197,80 +113,25 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Name the sub-commands."""
-        return _SUBCOMMANDS
+        return SUBCOMMANDS
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         assert parser._subcommands_action is not None
         for action in parser._subcommands_action._choices_actions:  # Lightning puts its own, longer texts there
-            action.help = _HELP[action.dest]
+            action.help = HELP[action.dest]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         first = next(iter(self._words), "")
-        if first in ("-h", "--help", *_SUBCOMMANDS) and first != subcommand:
+        if first in ("-h", "--help", *SUBCOMMANDS) and first != subcommand:
             return self.init_parser(**kwargs)  # its name will do: to tell its options takes a tenth of a second
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        for action in parser._actions:
-            action.help = _OPTIONS.get(action.dest, action.help)
-        if subcommand != "fit":
-            parser.add_argument(
-                "--live",
-                type=Path | None,
-                default=None,
-                help="The folder of a run that trains now: its config and its weights of this moment are taken, "
-                "instead of a checkpoint's.",
-            )
+        complete(parser, subcommand)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the checkpoint's settings, the defaults and the links."""
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(Guard, "guard")
-        parser.add_argument(
-            "--new_run",
-            type=bool,
-            default=False,
-            help="Let a resumed fit write into a folder of its own, not its run's.",
-        )
-        parser.add_argument(
-            "--chunk_size",
-            type=int,
-            default=1,
-            help="Optimizer steps that a fit takes in one go. Signals, checkpoints, the progress bar, the "
-            "guard against infinite numbers, steering, feeding and publications wait for the end of a chunk; the "
-            "weights and the curves stay the same. It pays with small batches, whose steps take less time than the "
-            "bookkeeping between them. At least 1.",
-        )
-        parser.add_argument(
-            "--cuda_graph",
-            type=bool,
-            default=False,
-            help="On a CUDA GPU, record a whole optimizer step (augmentation, network, optimizer) and start it in one "
-            "go, not by its hundreds of pieces: small batches take a fraction of the time. For SGD and DecoupledSGD "
-            "with fused: true, and for Muon; elsewhere it changes nothing.",
-        )
-        parser.add_argument(
-            "--publish_every_n_steps",
-            type=int | None,
-            default=10,
-            help="Optimizer steps from one publication of the weights in shared memory to the next, for watch and "
-            "predict --live, at least 1; null: none.",
-        )
-        parser.add_argument(
-            "--steering", type=bool, default=True, help="Let a fit be steered while it trains, see steer --help."
-        )
-        parser.add_argument(
-            "--replay",
-            type=Path | None,
-            default=None,
-            help="The folder of a run, whose interventions this fit makes again at their steps.",
-        )
-        parser.set_defaults(
-            {"model.network": {"class_path": "src.networks.CNN"}, "data": {"class_path": "src.data.Shapes10"}}
-        )
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate")
+        """Add the options of this project."""
+        add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, on top of what the checkpoint carries if one is named."""
@@ -278,7 +139,7 @@ class CLI(LightningCLI):
         Parser.command_line = args
         texts = config_texts(args)
         early = bool(args) and args[0].partition("=")[0] in ("--config", "-c")
-        if early and not any(_SUBCOMMANDS.keys() & yaml.safe_load(text).keys() for text in texts):
+        if early and not any(SUBCOMMANDS.keys() & yaml.safe_load(text).keys() for text in texts):
             raise UsageError("config: it is given behind the sub-command: python -m src fit --config FILE")
         # Which data set and network the other options are of is in the checkpoint.
         finds = ("--config", "-c", "--ckpt_path", "--live", "--trainer.default_root_dir")
@@ -295,7 +156,7 @@ class CLI(LightningCLI):
         if self.live is not None:
             if ckpt_path is not None:
                 raise UsageError("ckpt_path and live exclude each other: give one of them")
-            base = yaml.safe_dump(_inherited(_config_of(self.live), command), sort_keys=False)
+            base = yaml.safe_dump(_inherited(run_config(self.live), command), sort_keys=False)
             self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
         elif ckpt_path is None:
             if command != "fit":
@@ -312,21 +173,13 @@ class CLI(LightningCLI):
             self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
             self.config[command].ckpt_path = str(self.checkpoint)
             self._note_changes(stored, content["global_step"])
-        for key, value in leaves(self.config[command].as_dict()):
-            if type(value) is int and abs(value) >= 2**63:
-                dotted = key.replace("/init_args", "").replace("/", ".")
-                raise UsageError(f"{dotted}: {float(value):.3g} is out of range: whole numbers are below 2**63")
-        for key in misplaced_nulls(self.config[command].as_dict()):
-            raise UsageError(f"{key}: null is not valid; leave it out to have the default")
-        if command == "fit" and self.config.fit.chunk_size < 1:
-            raise UsageError(f"chunk_size: {self.config.fit.chunk_size} is out of range: at least 1 step")
-        if command == "fit":
-            every, replay = self.config.fit.publish_every_n_steps, self.config.fit.replay
-            if every is not None and every < 1:
-                raise UsageError(f"publish_every_n_steps: {every} is out of range: at least 1 step, or null")
-            if replay is not None:
-                replayed(replay)
-        self._check_trainer(self.config[command].trainer)
+        self.device = check_config(command, self.config[command])
+        if self.device == "cpu":
+            keep_pages()
+        trainer = self.config[command].trainer
+        self.chosen = trainer.precision is None
+        if self.chosen:
+            trainer.precision = default_precision(self.device)
 
     def _note_changes(self, stored: dict[str, Any], step: int) -> None:
         """Find what a resumed fit does otherwise than its run did, and whether it goes on in its run's folder."""
@@ -345,26 +198,6 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint beat the command line."""
-
-    def _check_trainer(self, trainer: Namespace) -> None:
-        """Refuse what the Trainer would take without a word, and choose the precision if nothing is asked for."""
-        for name, least in _LEAST.items():
-            value = trainer[name]
-            if value is not None and not value >= least:
-                raise UsageError(f"trainer.{name}: {value} is out of range: at least {least}")
-        if "\0" in str(trainer.default_root_dir):
-            raise UsageError("trainer.default_root_dir: no path has a NUL in it")
-        accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
-        self.device = device_type(accelerator)
-        if accelerator in ("gpu", "cuda", "mps") and self.device == "cpu":
-            raise Failure(f"trainer.accelerator: {accelerator}: torch finds none on this machine; use cpu or auto")
-        if self.device == "cpu":
-            keep_pages()
-        self.chosen = trainer.precision is None
-        if trainer.precision is None:
-            trainer.precision = default_precision(self.device)
-        elif reason := refuse_precision(str(trainer.precision), self.device):
-            raise UsageError(f"trainer.precision: {trainer.precision}: {reason}")
 
     def instantiate_classes(self) -> None:
         """Build data, model and Trainer; what they refuse is named by its key."""
@@ -437,45 +270,12 @@ class CLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Refuse what would hang or do nothing."""
-        if self.subcommand == "validate" and self.datamodule.val_size == 0:
-            raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
-        self.datamodule.check(self.trainer.world_size)
-        self._check_callbacks()
-        if type(self.trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
-            raise UsageError("trainer.strategy: what starts its processes out of this one is not supported; take ddp")
-        if self.subcommand == "fit":
-            self._try_sizes()
+        """Refuse what would hang or do nothing, and give an evaluation of a live run its weights."""
+        assert self.subcommand is not None
+        check_run(self.subcommand, self.trainer, self.model, self.datamodule)
         if self.live is not None:
             with LiveWeights.open(self.live) as reader:
                 self.take(reader.read(verify=True))
-        if self.model.tta == "six_if_unsure" and not isinstance(
-            self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        ):
-            raise UsageError("model.tta: six_if_unsure is not for devices that share out the parameters; take six")
-        # DDP waits for every gradient unless it is told that some parameters have none in some steps.
-        kwargs = getattr(self.trainer.strategy, "_ddp_kwargs", {})
-        selection = self.model.selection
-        late = {"freeze_backbone": self.model.freeze_backbone, "selection": selection and selection.every > 1}
-        if self.trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
-            for key in (key for key, given in late.items() if given):
-                raise UsageError(
-                    f"model.{key}: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true"
-                )
-
-    def _try_sizes(self) -> None:
-        """Refuse images that the networks do not take, before there is a run."""
-        sizes = {"model.network": self.datamodule.image_size}
-        if self.datamodule.small_epochs:
-            sizes["data.small_size"] = self.datamodule.small_size
-        for key, size in sizes.items():
-            for network in self.model.networks.values():
-                try:
-                    with torch.no_grad():
-                        network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
-                except RuntimeError as error:
-                    raise UsageError(f"{key}: the network takes no images of {size} pixels ({error})") from error
-                network.train()
 
     def take(self, version: Version) -> None:
         """Give the network the weights of a run that trains, and the callbacks their step."""
@@ -487,31 +287,6 @@ class CLI(LightningCLI):
             if isinstance(callback, Report):
                 callback.step = version.step
         self.version = version
-
-    def _check_callbacks(self) -> None:
-        """Refuse callbacks whose fits could not be gone on with, or that wait for what nobody measures."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined] # set outside of __init__
-        for callback in callbacks:
-            for kind, instead in _REFUSED.items():
-                if isinstance(callback, kind):
-                    raise UsageError(f"trainer.callbacks: {type(callback).__name__} is not supported: {instead}")
-        if self.model.follows_length and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
-            raise UsageError(
-                "trainer.callbacks: GradientAccumulationScheduler: OneCycle would not know the length of the run; "
-                "take trainer.accumulate_grad_batches, or another schedule"
-            )
-        waiting = [c for c in callbacks if isinstance(c, (EarlyStopping, ModelCheckpoint)) and c.monitor is not None]
-        if any(c not in waiting and not type(c).__module__.startswith("src.") for c in callbacks):
-            return  # another callback may measure it
-        stages = ("train", "val") if self.trainer.limit_val_batches else ("train",)
-        known = [f"{stage}/{name}" for stage in stages for name in ("loss", "acc")]
-        for callback in waiting:
-            if isinstance(callback, ModelCheckpoint) and callback.monitor in ("epoch", "step"):
-                continue
-            if getattr(callback, "strict", True) and callback.monitor not in known:
-                raise UsageError(
-                    f"trainer.callbacks.monitor: {callback.monitor!r} is not measured; there are {', '.join(known)}"
-                )
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.trainer.is_global_zero:
@@ -600,14 +375,6 @@ def _heard_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, handler)
 
 
-def _seed(seed: bool | int) -> int:
-    if isinstance(seed, bool):
-        raise ValueError("seed_everything: give a whole number: a run is a function of its seed")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed_everything: {seed} is out of range: at least 0, below 2**32")
-    return seed
-
-
 def _inherited(stored: dict[str, Any], command: str) -> dict[str, Any]:
     """Return the part of a checkpoint's config that a sub-command goes by.
 
@@ -617,22 +384,6 @@ def _inherited(stored: dict[str, Any], command: str) -> dict[str, Any]:
         return {k: v for k, v in stored.items() if k not in ("ckpt_path", "config", "new_run")}
     kept = {k: stored[k] for k in ("seed_everything", "model", "data") if k in stored}
     return kept | {"trainer": {"precision": stored.get("trainer", {}).get("precision")}}
-
-
-def _config_of(run: Path) -> dict[str, Any]:
-    """Return the config of a run."""
-    path = run / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        check_nesting(config, str(path))
-    except OSError as error:
-        raise Failure(f"live: {run} is not the folder of a run: it has no config.yaml") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise Failure(f"{path} cannot be read: it is not valid YAML") from error
-    sections = [config.get(key, {}) for key in ("model", "data", "trainer")] if isinstance(config, dict) else [None]
-    if not all(isinstance(section, dict) for section in sections):
-        raise Failure(f"{path} is not the config of a run")
-    return dict(config)
 
 
 def age_text(version: Version) -> str:

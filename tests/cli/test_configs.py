@@ -90,6 +90,17 @@ def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:
     assert len(text.splitlines()) < 500, "help must stay readable"
 
 
+def test_the_help_of_an_evaluation_leaves_out_what_is_for_fits_but_their_configs_are_taken(tmp_path: Path) -> None:
+    options = ("--chunk_size", "--cuda_graph", "--guard.on_nonfinite", "--checkpoint.monitor", "--new_run")
+    text = run_src("test", "--help", cwd=tmp_path).stdout
+    assert "--live" in text and not any(option in text for option in options)
+    text = run_src("fit", "--help", cwd=tmp_path).stdout
+    assert all(option in text for option in options)
+    config = CONFIGS / "speed94_gpu.yaml"
+    done = run_src("test", f"--config={config}", "--chunk_size=2", "--guard.lr_factor=0.5", cwd=tmp_path, status=2)
+    assert done.stderr.startswith("error: test needs weights"), done.stderr
+
+
 def test_every_numeric_argument_of_ours_tells_its_range_in_the_help(tmp_path: Path) -> None:
     text = run_src("fit", "--data.help", "CIFAR10", cwd=tmp_path).stdout
     for phrase in ("at least 1", "above 0, up to 1", "a share between 0 and 1", "--data.batch_size", "--data.root"):

@@ -1,0 +1,146 @@
+"""What is refused before a run begins, by its key: what would hang, do nothing, or could not be gone on with."""
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from src.arguments import misplaced_nulls
+from src.checkpoint_io import leaves
+from src.classifier import ImageClassifier
+from src.data import ImageData
+from src.errors import Failure, UsageError
+from src.hardware import device_type, refuse_precision
+from src.live.replay import replayed
+
+# The least values of the Trainer's numbers that it does not check itself.
+_LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
+          "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
+
+# Callbacks that change a fit behind its back, so that its checkpoints do not say how to go on.
+_REFUSED: dict[type[pl.Callback], str] = {
+    StochasticWeightAveraging: "take EMAWeightAveraging",
+    LearningRateFinder: "give model.optimizer.lr",
+    BatchSizeFinder: "give data.batch_size",
+}
+
+
+def check_config(command: str, config: Namespace) -> str:
+    """Refuse values that the parser and the Trainer would take without a word.
+
+    Args:
+        command: The sub-command.
+        config: What it is to do.
+
+    Returns:
+        The type of the device that it is to be done on.
+
+    Raises:
+        UsageError: If there is such a value.
+        Failure: If there is no such device, or no run to replay.
+    """
+    values = config.as_dict()
+    for key, value in leaves(values):
+        if type(value) is int and abs(value) >= 2**63:
+            dotted = key.replace("/init_args", "").replace("/", ".")
+            raise UsageError(f"{dotted}: {float(value):.3g} is out of range: whole numbers are below 2**63")
+    for key in misplaced_nulls(values):
+        raise UsageError(f"{key}: null is not valid; leave it out to have the default")
+    if command == "fit":
+        if config.chunk_size < 1:
+            raise UsageError(f"chunk_size: {config.chunk_size} is out of range: at least 1 step")
+        every = config.publish_every_n_steps
+        if every is not None and every < 1:
+            raise UsageError(f"publish_every_n_steps: {every} is out of range: at least 1 step, or null")
+        if config.replay is not None:
+            replayed(config.replay)
+    trainer = config.trainer
+    for name, least in _LEAST.items():
+        value = trainer[name]
+        if value is not None and not value >= least:
+            raise UsageError(f"trainer.{name}: {value} is out of range: at least {least}")
+    if "\0" in str(trainer.default_root_dir):
+        raise UsageError("trainer.default_root_dir: no path has a NUL in it")
+    accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
+    device = device_type(accelerator)
+    if accelerator in ("gpu", "cuda", "mps") and device == "cpu":
+        raise Failure(f"trainer.accelerator: {accelerator}: torch finds none on this machine; use cpu or auto")
+    if trainer.precision is not None and (reason := refuse_precision(str(trainer.precision), device)):
+        raise UsageError(f"trainer.precision: {trainer.precision}: {reason}")
+    return device
+
+
+def check_run(command: str, trainer: pl.Trainer, module: ImageClassifier, data: ImageData) -> None:
+    """Refuse what has been built, where it would hang, do nothing, or leave checkpoints that cannot be gone on with.
+
+    Raises:
+        UsageError: If it would.
+    """
+    if command == "validate" and data.val_size == 0:
+        raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
+    data.check(trainer.world_size)
+    _check_callbacks(trainer, module)
+    if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        raise UsageError("trainer.strategy: what starts its processes out of this one is not supported; take ddp")
+    if command == "fit":
+        _try_sizes(module, data)
+    if module.tta == "six_if_unsure" and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise UsageError("model.tta: six_if_unsure is not for devices that share out the parameters; take six")
+    # DDP waits for every gradient unless it is told that some parameters have none in some steps.
+    kwargs = getattr(trainer.strategy, "_ddp_kwargs", {})
+    selection = module.selection
+    late = {"freeze_backbone": module.freeze_backbone, "selection": selection and selection.every > 1}
+    if trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
+        for key in (key for key, given in late.items() if given):
+            raise UsageError(
+                f"model.{key}: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true"
+            )
+
+
+def _check_callbacks(trainer: pl.Trainer, module: ImageClassifier) -> None:
+    """Refuse callbacks whose fits could not be gone on with, or that wait for what nobody measures."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # set outside of __init__
+    for callback in callbacks:
+        for kind, instead in _REFUSED.items():
+            if isinstance(callback, kind):
+                raise UsageError(f"trainer.callbacks: {type(callback).__name__} is not supported: {instead}")
+    if module.follows_length and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+        raise UsageError(
+            "trainer.callbacks: GradientAccumulationScheduler: OneCycle would not know the length of the run; "
+            "take trainer.accumulate_grad_batches, or another schedule"
+        )
+    waiting = [c for c in callbacks if isinstance(c, (EarlyStopping, ModelCheckpoint)) and c.monitor is not None]
+    if any(c not in waiting and not type(c).__module__.startswith("src.") for c in callbacks):
+        return  # another callback may measure it
+    stages = ("train", "val") if trainer.limit_val_batches else ("train",)
+    known = [f"{stage}/{name}" for stage in stages for name in ("loss", "acc")]
+    for callback in waiting:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor in ("epoch", "step"):
+            continue
+        if getattr(callback, "strict", True) and callback.monitor not in known:
+            raise UsageError(
+                f"trainer.callbacks.monitor: {callback.monitor!r} is not measured; there are {', '.join(known)}"
+            )
+
+
+def _try_sizes(module: ImageClassifier, data: ImageData) -> None:
+    """Refuse images that the networks do not take, before there is a run."""
+    sizes = {"model.network": data.image_size}
+    if data.small_epochs:
+        sizes["data.small_size"] = data.small_size
+    for key, size in sizes.items():
+        for network in module.networks.values():
+            try:
+                with torch.no_grad():
+                    network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
+            except RuntimeError as error:
+                raise UsageError(f"{key}: the network takes no images of {size} pixels ({error})") from error
+            network.train()
