@@ -7,7 +7,6 @@ holds a manifest in JSON: format, epoch, step, and the SHA-256 of all bytes befo
 """
 
 import hashlib
-import importlib
 import io
 import mmap
 import os
@@ -16,8 +15,8 @@ import struct
 import sys
 import threading
 import zipfile
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,26 +25,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from src.arguments import check_nesting
 from src.errors import Failure, UsageError
 from src.hardware import is_out_of_memory
+from src.trust import check_content, leaves
 
 FORMAT = 2
 """What a checkpoint of this version of the project holds; raised whenever an older one cannot be gone on with."""
-
-TRUSTED = ("src.", "torch.optim.", "lightning.pytorch.")
-"""Classes that a checkpoint may name by itself; others must be named by the user, in a config or as an argument."""
 
 _MANIFEST = re.compile(
     rb'\{"format": (\d{1,9}), "epoch": (\d{1,18}), "step": (\d{1,18}), "sha256": "([0-9a-f]{64})"\}\Z'
 )
 _LONGEST = 200  # bytes of the manifest at most
 _PLAIN = {str, int, float, bool, type(None), torch.Size, torch.dtype, torch.device, Tensor, torch.nn.Parameter}
-_CONTAINERS = {dict, OrderedDict, list, tuple}
 
 
 class Manifest(NamedTuple):
@@ -402,121 +396,8 @@ def read(path: Path) -> dict[str, Any]:
         raise Failure(f"{path} cannot be read as a checkpoint: it is damaged{_offer(path)}") from error
     except Exception as error:  # the unpickler's own error class is private
         raise Failure(f"{path} is not a checkpoint of plain values and tensors; nothing in it was run") from error
-    _check_content(path, checkpoint)
+    check_content(path, checkpoint)
     return checkpoint  # type: ignore[no-any-return] # checked
-
-
-def stored_config(path: Path, checkpoint: dict[str, Any], named_by_user: str) -> dict[str, Any]:
-    """Return the config that a checkpoint carries.
-
-    Args:
-        path: The file, for errors.
-        checkpoint: What `read` returned of it.
-        named_by_user: Text of the user's own configs and command line: classes named there are trusted.
-
-    Raises:
-        Failure: If there is no config, or it names a class that is not trusted.
-    """
-    try:
-        config = yaml.safe_load(checkpoint["config"])
-        if not isinstance(config, dict):
-            raise TypeError("config")
-        check_nesting(config, str(path))
-    except (TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise Failure(f"{path} is not a checkpoint of this project: it carries no config") from error
-    words = set(re.findall(r"[\w.]+", named_by_user))
-    for key, value in leaves(config):
-        named = isinstance(value, str) and (value in words or ("/" in value and value in named_by_user))
-        if not named and (reason := _distrust(key, value)):
-            raise Failure(
-                f"{path} asks for {value} as {key.replace('/', '.')}, {reason}; "
-                f"if you trust it, name it in a --config of your own"
-            )
-    for key in ("model", "data", "trainer"):
-        if not isinstance(config.get(key, {}), dict):
-            raise Failure(f"{path} is not a checkpoint of this project: its config has no section {key}")
-    return config
-
-
-def _distrust(key: str, value: Any) -> str | None:
-    """Return why a value in the config of a checkpoint could run code of a stranger; none if it cannot.
-
-    The parser imports what is named where a class or a function is due, and reads a file that is named instead of it.
-    """
-    if not re.fullmatch(r"\w+(/\w+)*", key):
-        return "a key that no config of this project has"
-    name = next(part for part in reversed(key.split("/")) if not part.isdigit())
-    if not isinstance(value, str | int | float | bool | None):
-        return "which is not a plain value"
-    if not isinstance(value, str) or name in _PATH_KEYS:
-        return None
-    if name == "class_path" or re.fullmatch(r"\s*[^\W\d]\w*(\.\w+)+\s*", value):
-        return None if name == "class_path" and _is_own_class(value) else "which is not a class of this project"
-    if "://" in value or (name in _CLASS_KEYS and not re.fullmatch(r"[\w-]*", value)):
-        return "which is not a class of this project, but the place of one"
-    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        if isinstance(yaml.safe_load(value), (dict, list)):
-            return "which is a config inside a text"
-        if Path(value).is_file():
-            return "which is a file where none is due"
-    return None
-
-
-def _is_own_class(name: str) -> bool:
-    """Return whether an import path leads to a class that was defined in a trusted package."""
-    if not name.startswith(TRUSTED):
-        return False
-    module, parts = name.split(".")[0], name.split(".")[1:]
-    found: Any = importlib.import_module(module)
-    for part in parts:
-        module = f"{module}.{part}"
-        if not hasattr(found, part):
-            try:
-                importlib.import_module(module)
-            except ImportError:
-                return False
-        found = getattr(found, part)
-    return isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED)
-
-
-_PATH_KEYS = {"weights", "root", "default_root_dir", "images", "ckpt_path"}
-_CLASS_KEYS = {
-    *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "selection", "augment", "mix"),
-    *("callbacks", "logger", "plugins", "strategy", "profiler", "accelerator", "checkpoint"),
-}
-
-
-def class_paths(config: Any, key: str = "") -> Iterator[str]:
-    """Yield every class that a config names, by ``class_path`` or, where a class is due, by its bare import path."""
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield from class_paths(value, name)
-    elif isinstance(config, list):
-        for value in config:
-            yield from class_paths(value, key)
-    elif key in ("class_path", "_class_path", "_instantiator") or (
-        key in _CLASS_KEYS and isinstance(config, str) and "." in config
-    ):
-        yield str(config)
-
-
-def _check_content(path: Path, checkpoint: Any) -> None:
-    """Refuse what is not of this project, and what Lightning would import a class for."""
-    version = "pytorch-lightning_version"
-    parts = {"state_dict": dict, "config": str, "loops": dict, "epoch": int, "global_step": int, version: str}
-    if (
-        not isinstance(checkpoint, dict)
-        or not all(isinstance(checkpoint.get(k), t) for k, t in parts.items())
-        or not re.fullmatch(r"2(\.\d{1,4}){1,3}[\w.+]{0,40}", checkpoint[version])
-    ):
-        raise Failure(f"{path} is not a checkpoint of this project: it carries no config, weights and step")
-    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
-        stored = checkpoint.get(key, {})
-        if not isinstance(stored, dict):
-            raise Failure(f"{path} is not a checkpoint of this project: its {key} are none")
-        for name in class_paths({k: v for k, v in stored.items() if k in ("_class_path", "_instantiator")}):
-            if not name.startswith(TRUSTED):
-                raise Failure(f"{path} asks for {name}, which is not of this project; nothing in it was run")
 
 
 def _offer(path: Path) -> str:
@@ -531,17 +412,6 @@ def _offer(path: Path) -> str:
         return ""
     step, other = max(whole)
     return f"; the newest whole one beside it is of step {step}: --ckpt_path {other}"
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what is in nested dicts and lists, by its path: ``model/optimizer/class_path``."""
-    if type(value) not in _CONTAINERS:
-        yield key, value
-        return
-    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-        if type(name) not in (str, int, float, bool, type(None)):
-            yield f"{key}/{name}", name
-        yield from leaves(item, f"{key}/{name}" if key else str(name))
 
 
 def _sync_folder(folder: Path) -> None:

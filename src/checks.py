@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from src.arguments import misplaced_nulls
-from src.checkpoint_io import leaves
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, UsageError
 from src.hardware import device_type, refuse_precision
 from src.live.replay import replayed
+from src.trust import leaves
 
 # The least values of the Trainer's numbers that it does not check itself.
 _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,

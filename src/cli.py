@@ -45,7 +45,7 @@ from src.callbacks.report import Report
 from src.callbacks.resume import Resume
 from src.callbacks.signals import Signals
 from src.callbacks.steering import Steering
-from src.checkpoint_io import TRUSTED, VerifiedCheckpointIO, class_paths, leaves, read, stored_config
+from src.checkpoint_io import VerifiedCheckpointIO, read
 from src.checks import check_config, check_run
 from src.classifier import ImageClassifier
 from src.data import ImageData
@@ -55,6 +55,7 @@ from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, full_key
 from src.options import CLASSES, HELP, SUBCOMMANDS, Parser, add_options, complete
 from src.step_loop import StepLoop
+from src.trust import TRUSTED, class_paths, leaves, stored_config
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
