@@ -1,6 +1,7 @@
 """What the tests share: the command line, run as a user runs it, and the real CIFAR-10 where it is at hand."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ TINY = [
 
 # Another number of threads sums in another order: tests in this process and in others are to agree to the last bit.
 torch.set_num_threads(1)
+
+# What is started with nohup, or in the background of a script, is deaf to some signals, and so are its children.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def run_src(*args: str | Path, cwd: Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
