@@ -156,6 +156,22 @@ def test_the_curves_are_the_means_over_the_images_since_the_last_point() -> None
     assert curves.latest["train/acc"] == sum(hits for _, hits, _ in curves.seen) / images
 
 
+def test_the_means_of_an_epoch_are_offered_without_a_wait_for_the_device() -> None:
+    class Strict(Curves):
+        def on_train_epoch_end(self, *args: object, **kwargs: object) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
+                    patch.setattr(Tensor, name, waits)
+                super().on_train_epoch_end(*args, **kwargs)  # type: ignore[arg-type]
+
+    def waits(*_: object) -> None:
+        raise AssertionError("the host waits for the device")
+
+    curves = Strict()
+    trainer = fit(classifier(), curves, epochs=1)
+    assert trainer.callback_metrics["train/acc"].item() == pytest.approx(curves.epoch()["train/acc"], rel=1e-6)
+
+
 def test_mixed_labels_train() -> None:
     trainer = fit(classifier(), Curves(), mix=CutMix())
     assert torch.isfinite(trainer.callback_metrics["train/loss"])

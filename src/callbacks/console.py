@@ -91,7 +91,8 @@ class EpochLines(pl.Callback):
         """Print what training and validation gave."""
         if not trainer.is_global_zero:
             return
-        values = self.curves.latest | self.curves.epoch  # not callback_metrics: to read them is to wait for all ranks
+        self.curves.settle(trainer)
+        values = self.curves.latest | self.curves.epoch()  # not callback_metrics: to read them is to wait for all ranks
         train = format_values(values, ("train/loss", "train/acc", "images/s", "lr"))
         val = format_values(values, ("val/loss", "val/acc"))
         head = epoch_name(trainer, trainer.current_epoch)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from src.data.loader import Batch
 
+_NAMES = ("train/loss", "train/acc")
 _MOST_PENDING = 50
 """Batches whose logits are kept, at most, before they are summed."""
 
@@ -96,14 +97,13 @@ class Curves(pl.Callback):
 
     Attributes:
         latest: The newest values that were logged, by name.
-        epoch: The means of the last epoch, by name.
     """
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
-        self.epoch: dict[str, float] = {}
         self._pending: list[Measured] = []
         self._interval, self._epoch = Sums(), Sums()
+        self._means: Tensor | None = None
         self._points: deque[Point] = deque()
         self._lrs: dict[str, float] = {}
         self._step = 0
@@ -145,7 +145,7 @@ class Curves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the sums in progress, over all ranks; all points until now reach the disk before the checkpoint does."""
-        self._write(trainer, wait=True)
+        self.settle(trainer)
         for logger in trainer.loggers:
             logger.save()
         self._flush()
@@ -182,21 +182,25 @@ class Curves(pl.Callback):
         self._since += time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Offer the means of the epoch to other callbacks (early stopping)."""
-        self._write(trainer, wait=True)
+        """Offer the means of the epoch to other callbacks (early stopping); a GPU is not waited for."""
         self._flush()
         if self._epoch.images:
             sums = self._epoch.over_ranks().sums
             assert sums is not None
-            self.epoch = _means(sums)
-            pl_module.log_dict(self.epoch, logger=False, sync_dist=trainer.world_size > 1)
+            self._means = sums[:2] / sums[2]
+            means = dict(zip(_NAMES, self._means.unbind(), strict=True))
+            pl_module.log_dict(means, logger=False, sync_dist=trainer.world_size > 1)
+
+    def epoch(self) -> dict[str, float]:
+        """Return the means of the last epoch, by name."""
+        return {} if self._means is None else dict(zip(_NAMES, self._means.tolist(), strict=True))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the steps since the last point."""
         self._flush()
         if self._interval.images and trainer.log_every_n_steps:  # type: ignore[attr-defined] # set outside of __init__
             self._add_point(trainer)
-        self._write(trainer, wait=True)
+        self.settle(trainer)
 
     def _flush(self) -> None:
         """Sum what the last batches have measured."""
@@ -221,18 +225,23 @@ class Curves(pl.Callback):
             copied.record()
         rates = self._lrs | {"images/s": count / max(elapsed, 1e-9)}
         self._points.append(Point(self._step, sums, copied, rates))
-        self._write(trainer)
+        while self._points and self._points[0].arrived():
+            self._log_point(trainer)
 
-    def _write(self, trainer: pl.Trainer, wait: bool = False) -> None:
-        """Log the points that have arrived from the device; with `wait`, all."""
-        while self._points and (wait or self._points[0].arrived()):
-            step, sums, copied, rates = self._points.popleft()
-            if copied is not None:
-                copied.synchronize()
-            values = {**_means(sums), **rates}
-            self.latest |= {"lr": next(iter(rates.values())), **values}  # of several, the first group's
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step)
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Log all points until now, also those that have not arrived from the device yet."""
+        while self._points:
+            self._log_point(trainer)
+
+    def _log_point(self, trainer: pl.Trainer) -> None:
+        step, sums, copied, rates = self._points.popleft()
+        if copied is not None:
+            copied.synchronize()
+        loss, correct, learned = sums.tolist()
+        values = {**dict(zip(_NAMES, (loss / learned, correct / learned), strict=True)), **rates}
+        self.latest |= {"lr": next(iter(rates.values())), **values}  # of several, the first group's
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
 
 
 def _summed(measured: list[Measured]) -> tuple[Tensor, int]:
@@ -246,8 +255,3 @@ def _summed(measured: list[Measured]) -> tuple[Tensor, int]:
     target = torch.cat(labels)
     hits = torch.cat(logits).argmax(1) == (target.argmax(1) if target.is_floating_point() else target)
     return torch.stack([loss, hits.sum().to(dtype), loss.new_full((), sum(sizes))]), sum(totals)
-
-
-def _means(sums: Tensor) -> dict[str, float]:
-    loss, correct, learned = sums.tolist()
-    return {"train/loss": loss / learned, "train/acc": correct / learned}

@@ -120,6 +120,7 @@ class ImageData(pl.LightningDataModule):
         self._growth: Growth | None = None
         self._fed: list[list[Any]] = []
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._split: tuple[Tensor, Tensor] | None = None
         self._fingerprint = ""
         self._hashing: threading.Thread | None = None
 
@@ -179,7 +180,11 @@ class ImageData(pl.LightningDataModule):
         Raises:
             UsageError: If `val_size` or `samples_per_class` asks for more images than there are.
         """
-        labels = self._part("train")[1].cpu()
+        if self._split is None:
+            self._split = self._draw_split(self._part("train")[1].cpu())
+        return self._split
+
+    def _draw_split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         count = len(labels)
         val_count = round(self.val_size * count) if isinstance(self.val_size, float) else self.val_size
         if val_count >= count:

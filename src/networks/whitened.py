@@ -90,7 +90,8 @@ class WhitenedCNN(Network):
 
     def initialize(self, images: Tensor) -> None:
         """Set the filters of the first layer to the eigenvectors of the patches' covariance, and their negatives."""
-        patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
+        # As F.unfold would, which on a GPU starts a piece of work for each image.
+        patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         covariance = patches.T @ patches / len(patches)
         values, vectors = torch.linalg.eigh(covariance.cpu().double())  # of 12x12: a GPU would be slower
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2)

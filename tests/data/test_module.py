@@ -52,6 +52,13 @@ def test_the_val_split_is_stratified_and_disjoint_from_training(val_size: float,
     assert all(abs(found - count / 10) < 1 for found in class_counts(data, val))
 
 
+def test_the_split_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shapes()
+    first = data.split()
+    monkeypatch.setattr("src.data.module.stratified_split", None)
+    assert data.split() is first
+
+
 def test_images_of_another_size_than_the_data_say_are_refused() -> None:
     class Larger(Uneven):
         image_size: ClassVar = 16
