@@ -8,6 +8,7 @@ be measured by its peak memory (Linux counts that of the parent at the moment of
 """
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,8 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ Sample = dict[str, Any]
 Case = Callable[[int], Sample]
 """Measures once; is told the number of the round, from 0."""
 Samples = dict[str, list[Sample]]
+
+_TURN = "TURN_HELD"  # a process's own descriptor of the file $TURN, and when it waits no longer
 
 
 class MissingError(Exception):
@@ -65,13 +69,21 @@ def alternate(cases: Mapping[str, Case], rounds: int) -> tuple[Samples, dict[str
     return samples, missing
 
 
-def process(command: Sequence[str], *, threads: int, terminal: bool = False, timeout: float = 3600) -> Sample:
+def process(
+    command: Sequence[str],
+    *,
+    threads: int,
+    terminal: bool = False,
+    timeout: float = 3600,
+    turn_within: float = 3600,
+) -> Sample:
     """Run a command to its end, in the root of the repository.
 
     Args:
         command: The program and its arguments.
         threads: What it finds in ``OMP_NUM_THREADS``.
         terminal: Let its standard output be a terminal: there is a progress bar only in one.
+        turn_within: Seconds within which `my_turn` returns in it, at the latest.
         timeout: Seconds after which it is killed, with all that it started.
 
     Returns:
@@ -89,6 +101,8 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
             ours, theirs = pty.openpty()
             termios.tcsetwinsize(theirs, (40, 140))
         hidden = ("COLUMNS", "NO_COLOR", "CI")
+        turn = prepares()
+        inherits = {} if turn is None else {_TURN: f"{turn} {time.monotonic() + turn_within}"}
         begun = time.perf_counter()
         child = subprocess.Popen(
             command,
@@ -97,12 +111,16 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
                 **{k: v for k, v in os.environ.items() if k not in hidden},
                 "OMP_NUM_THREADS": str(threads),
                 "TERM": "xterm-256color",
+                **inherits,
             },
+            pass_fds=() if turn is None else (turn,),
             stdin=subprocess.DEVNULL,
             stdout=theirs if terminal else output,
             stderr=errors,
             start_new_session=True,
         )
+        if turn is not None:
+            os.close(turn)  # the child's own keeps it
         timer = threading.Timer(timeout, os.killpg, (child.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -122,7 +140,7 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
         for file in (output, errors):
             file.seek(0)
             texts.append(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.read().decode(errors="replace")))
-    told = [line for line in texts[0].splitlines() if line.startswith("{")]
+    told = list(_records(texts[0]))
     failure = {}
     if child.returncode != 0 and not (late and told):
         lines = [line.strip() for line in (texts[1] or texts[0]).splitlines() if line.strip()]
@@ -135,8 +153,49 @@ def process(command: Sequence[str], *, threads: int, terminal: bool = False, tim
         "process seconds": seconds,
         "processor seconds": usage.ru_utime + usage.ru_stime,
         "peak MB": usage.ru_maxrss / 1024,
-        **(json.loads(told[-1]) if told else {}),
+        **(told[-1] if told else {}),
     }
+
+
+def _records(text: str) -> Iterator[Sample]:
+    """Yield what the lines in JSON say; one of a process that was killed may have no end."""
+    for line in text.splitlines():
+        if line.startswith("{"):
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def prepares() -> int | None:
+    """Keep others from measuring, as the file $TURN has it; return the descriptor that does, none without that file.
+
+    Some processes prepare (import, compile) at the same time, and measure one by one, when none prepares any more. It
+    is a lock that is shared while they prepare, until the descriptor is closed, or, in a process that has inherited it,
+    until `my_turn`.
+    """
+    if not os.environ.get("TURN"):
+        return None
+    descriptor = os.open(os.environ["TURN"], os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def my_turn() -> Sample:
+    """Wait until no other process prepares or measures, and keep them waiting until this one ends.
+
+    Returns:
+        Nothing, or that others may have been at work, as they took too long.
+    """
+    if _TURN not in os.environ:
+        return {}
+    descriptor, end = os.environ.pop(_TURN).split()
+    os.set_inheritable(int(descriptor), False)
+    fcntl.flock(int(descriptor), fcntl.LOCK_UN)
+    while time.monotonic() < float(end):
+        with suppress(BlockingIOError):
+            fcntl.flock(int(descriptor), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return {}
+        time.sleep(0.02)
+    return {"beside others": True}
 
 
 def _drain(terminal: int, output: Any) -> None:

@@ -20,14 +20,13 @@ threads of the process, does not see what else the machine is doing.
 ``recipe`` is a whole fit by the clock of the speed-runs, which adds up whitening, the Trainer's loop from its start to
 the last optimizer step (augmentation, logging, checkpoints in between), and the evaluation of the test set with the
 config's test-time augmentation; CUDA events on a GPU. Parsing, imports, loading the data, building objects, warm-up are
-out.
+out: also that a GPU's allocator gets memory from the driver, to which Lightning gives it back before each fit.
 """
 
 import argparse
 import gc
 import importlib
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -45,6 +44,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
+from benchmarks.paired import my_turn
 from src.classifier import ImageClassifier
 from src.cli import main
 from src.data import CIFAR10, Augmentation, ResidentLoader
@@ -54,6 +54,7 @@ from src.networks import Network
 from src.step_loop import StepLoop
 from src.views import Views, average_views
 
+_CACHE = 4 << 30  # bytes: more than eager steps of these recipes take
 DEVICE = torch.device(device_type("auto"))
 PRECISION = default_precision(DEVICE.type)
 
@@ -190,15 +191,23 @@ def in_lightning(o: argparse.Namespace) -> dict[str, Any]:
 def ours(o: argparse.Namespace) -> dict[str, Any]:
     """Train as the command line does."""
     marks = Marks(o)
-    with tempfile.TemporaryDirectory() as folder, _watched(marks.note, strict_from=o.skip if o.sync_error else None):
+    alone: dict[str, Any] = {}
+
+    def begun() -> None:
+        if not o.sync_error:  # which takes no times
+            alone.update(my_turn())
+
+    strict_from = o.skip if o.sync_error else None
+    with tempfile.TemporaryDirectory() as folder, _watched(marks.note, begun, strict_from):
         _fit(o, folder, f"--trainer.max_steps={o.steps}")
-    return marks.report(_images_a_step(o))
+    return marks.report(_images_a_step(o)) | alone
 
 
 def recipe(o: argparse.Namespace) -> dict[str, Any]:
     """Train by the config, once for each seed, and test; time it by the clock of the speed-runs.
 
-    The runs that count wait until the file $HOLD, if there is one, is gone: others use the machine until then.
+    Two runs to warm up: in the first torch compiles, in the second, when it is its turn (see
+    `benchmarks.paired.my_turn`), cuDNN tries its algorithms if it is told to.
     """
     pixels, labels = (t[: None if o.steps is None else 500].to(DEVICE) for t in CIFAR10(root=o.root).load("test"))
     test = ResidentLoader(
@@ -221,6 +230,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         clock["whitened"], clock["module"] = _now(), module
 
     def begun() -> None:
+        _get_memory()
         clock["begun"] = _now()
 
     def stepped(step: int) -> None:
@@ -228,20 +238,25 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
 
     ImageClassifier.prepare_data = prepared  # type: ignore[assignment, method-assign]
     CIFAR10.load = loaded  # type: ignore[assignment, method-assign]
+    warm_ups = 2 if o.warm_up else 0
+    alone: dict[str, Any] = {}
     cut = [] if o.steps is None else [f"--trainer.max_steps={o.steps}"]
     runs: list[dict[str, Any]] = []
-    for number in [o.seed] * o.warm_up + [o.seed + i for i in range(o.runs)]:
-        warm_up = _warm_up(o) if o.warm_up and not runs else []
-        while len(runs) >= o.warm_up and Path(os.environ.get("HOLD", "")).is_file():
-            time.sleep(0.1)
+    for number in [o.seed] * warm_ups + [o.seed + i for i in range(o.runs)]:
+        warm_up = _warm_up(o) if len(runs) < warm_ups else []
+        if warm_up and not runs:
+            warm_up += ["--trainer.benchmark=false"]
+        else:
+            alone |= my_turn()
         gc.unfreeze()
         gc.collect()  # what earlier runs have left: else it may be looked for while the clock runs
         gc.freeze()
         with tempfile.TemporaryDirectory() as folder, _watched(stepped, begun):
             _fit(o, folder, f"--seed_everything={number}", *cut, last=warm_up)
         network, views = clock["module"].network.to(DEVICE).eval(), clock["module"].tta
-        if o.warm_up and not runs:
+        if warm_up:
             _meet_sizes(network, test)
+        _get_memory()
         tested = _now()
         with_views = _accuracy(network, test, views)
         done = _now()
@@ -254,12 +269,12 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
         del network
         clock.clear()  # a run's recordings hold some GB
-        counted = runs[o.warm_up :]
+        counted = runs[warm_ups:]
         if counted:  # told after each, as there may be no time for all
             means = {
                 k: statistics.mean(r[k] for r in counted) for k in ("seconds", "training seconds", "acc tta", "acc")
             }
-            found = means | {"runs": counted, "device": str(DEVICE)}
+            found = means | alone | {"runs": counted, "device": str(DEVICE)}
             print(json.dumps(found), flush=True)
     return found
 
@@ -387,6 +402,12 @@ def _warm_up(o: argparse.Namespace) -> list[str]:
     return ["--trainer.max_epochs=5", f"--data.small_epochs={min(4, small[-1])}"]
 
 
+def _get_memory() -> None:
+    """Let a GPU's allocator have some memory, which it keeps."""
+    if DEVICE.type == "cuda":
+        torch.empty(_CACHE, dtype=torch.uint8, device=DEVICE)
+
+
 @torch.inference_mode()
 def _meet_sizes(network: Network, loader: ResidentLoader) -> None:
     """Let libraries prepare for all sizes in which `average_views` may look at unsure images again."""
@@ -445,7 +466,7 @@ def command() -> None:
     parser.add_argument("--sync_error", action="store_true", help="of ours, on a GPU: a wait of the host is an error")
     parser.add_argument("--seed", type=int, default=0, help="of recipe: the first")
     parser.add_argument("--runs", type=int, default=1, help="of recipe")
-    parser.add_argument("--warm_up", action="store_true", help="first, a run of recipe of 5 epochs that does not count")
+    parser.add_argument("--warm_up", action="store_true", help="first, two runs of 5 epochs that do not count")
     parser.add_argument("--eval_batch_size", type=int, default=500, help="of recipe: images in a batch of the test")
     o, more = parser.parse_known_args()
     o.more = more
