@@ -15,22 +15,24 @@ shift || true
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 TURN=$(mktemp)
 export TURN
-trap 'rm -f "$TURN"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; rm -f "$TURN"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 status=0
-part() {
+part() { # in the background alone
     echo "== $1, at most $2 s"
     # Less by what it takes to begin, and to write.
-    timeout --kill-after=5 "$2" "$python" -m benchmarks.gpu "$1" --root "$root" --timeout $(($2 - 15)) "${@:3}"
+    exec timeout --kill-after=5 "$2" "$python" -m benchmarks.gpu "$1" --root "$root" --timeout $(($2 - 15)) "${@:3}"
 }
 together() { # parts and their seconds, in pairs
-    local parts=()
+    local jobs=()
     while [ $# -gt 0 ]; do
         part "$1" "$2" "${more[@]}" &
-        parts+=($!)
+        jobs+=($!)
         shift 2
     done
-    for part in "${parts[@]}"; do
-        wait "$part" || status=1
+    for job in "${jobs[@]}"; do
+        wait "$job" || status=1
     done
 }
 more=("$@")

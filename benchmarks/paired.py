@@ -121,6 +121,7 @@ def process(
         )
         if turn is not None:
             os.close(turn)  # the child's own keeps it
+        _running.add(child.pid)
         timer = threading.Timer(timeout, os.killpg, (child.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -132,6 +133,7 @@ def process(
             os.killpg(child.pid, signal.SIGKILL)
             timer.cancel()
             raise
+        _running.discard(child.pid)
         seconds = time.perf_counter() - begun
         late = not timer.is_alive()
         timer.cancel()
@@ -211,12 +213,18 @@ def _drain(terminal: int, output: Any) -> None:
     os.close(terminal)
 
 
+_running: set[int] = set()
+
+
 def _stop(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
+    for pid in list(_running):  # other threads wait for some of them
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     sys.exit(143)
 
 
-signal.signal(signal.SIGTERM, _stop)  # by an exception, so that what is being measured is stopped too
+signal.signal(signal.SIGTERM, _stop)  # so that what is being measured is stopped too
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
