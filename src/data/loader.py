@@ -186,7 +186,9 @@ class ResidentLoader:
         assert growth is not None
         if event.kind == "segment":
             order.join(ids, event.number, event.place)
-            old = self.ids[(self.ids >= growth.first) & (self.ids < growth.oldest)]
+            # What was dropped may be in the rest of the epoch yet, see `EpochOrder.leave`, but its pixels are gone now.
+            mine = torch.cat([self.ids, order.order[event.place :]])
+            old = mine[(mine >= growth.first) & (mine < growth.oldest)]
             if len(old):
                 order.leave(old, event.place, self.world_size)
         elif event.kind == "drop":

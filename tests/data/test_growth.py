@@ -247,6 +247,13 @@ def test_each_id_is_drawn_once_a_pass_and_a_run_that_is_killed_draws_as_one_that
 @example(plan={0: [("join", 9, 0), ("kill", 0, 0)], 1: [("join", 2, 0)]}, world_size=1, window=3, batch_size=3, ids=0)
 @example(plan={0: [("join", 2, 0), ("drop", 1, 0)]}, world_size=3, window=3, batch_size=3, ids=0)
 @example(plan={1: [("join", 1, 0), ("join", 1, 0)]}, world_size=3, window=3, batch_size=3, ids=0)
+@example(
+    plan={0: [("join", 2, 0)], 1: [("join", 1, 0)], 2: [("drop", 6, 0), ("join", 2, 0)]},
+    world_size=2,
+    window=3,
+    batch_size=3,
+    ids=5,
+)
 def test_a_window_keeps_the_newest_and_each_of_them_whole(
     plan: Plan, world_size: int, window: int, batch_size: int, ids: int
 ) -> None:
