@@ -10,6 +10,9 @@ from src.classifier import ImageClassifier
 from src.data.loader import Batch
 from src.hardware import give_pages_back, is_out_of_memory
 
+_THREADS = 64 << 20
+"""Bytes of address space that the C library sets aside for a thread at once, when it first asks for memory."""
+
 
 class Memory(pl.Callback):
     """When a step does not fit into memory, tries smaller ones and adds to the error what does."""
@@ -64,6 +67,8 @@ def _step(trainer: pl.Trainer, module: ImageClassifier, shape: tuple[int, ...]) 
         torch.cuda.empty_cache()
     give_pages_back()
     ballast = [torch.zeros_like(p) for p in module.parameters() for _ in range(4)]  # optimizer and checkpoint
+    if module.device.type == "cpu":  # where the threads that write and publish take theirs too
+        ballast.append(torch.empty(_THREADS, dtype=torch.uint8))
     images = torch.zeros(shape, device=module.device).to(memory_format=torch.channels_last)
     with trainer.precision_plugin.forward_context():
         if module.selection is None:
