@@ -16,27 +16,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import CORES, ROOT, Case, MissingError, Samples, alternate, prepares, process, write
+from benchmarks.paired import CORES, ROOT, Case, MissingError, Sample, Samples, alternate, prepares, process, write
 
 
 def time94(o: argparse.Namespace) -> None:
     """Time to 94 % by the clock of the speed-runs: 25 runs of configs/speed94_gpu.yaml in one process, after a warm-up.
 
     CUDA events; whitening, augmentation, training, logging and the evaluation of the test set with the config's views
-    are in; imports, loading the data, building objects, memory from the driver and the warm-up are out, in which the
-    network is compiled (``--model.compile default``) and cuDNN tries its algorithms (``--trainer.benchmark true``). All
-    50,000 images, a seed a run.
+    are in; imports, loading the data, building objects and the warm-up are out, in which the network is compiled
+    (``--model.compile default``) and cuDNN tries its algorithms (``--trainer.benchmark true``). All 50,000 images, a
+    seed a run.
     """
-    _recipe(o, "speed94_gpu", 25, _what(time94))
+    _recipe(o, "speed94_gpu", 25, _what(time94), turn_within=0.5)
 
 
 def time96(o: argparse.Namespace) -> None:
     """Time to 96 % by the same clock: 3 runs of configs/speed96.yaml, compiled."""
-    _recipe(o, "speed96", 3, _what(time96))
+    _recipe(o, "speed96", 3, _what(time96), turn_within=0.65)  # after time94
 
 
 def images(o: argparse.Namespace) -> None:
@@ -145,14 +146,12 @@ def live(o: argparse.Namespace) -> None:
     write("gpu_live", _what(live), "ms a step", found, [("ms a step", "on", "off")], threads=CORES)
 
 
-def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
+def _recipe(o: argparse.Namespace, name: str, runs: int, what: str, turn_within: float) -> None:
     size = ["--runs=2", "--steps=1"] if o.smoke else [f"--runs={o.runs or runs}"]
     words = ["recipe", f"--config=configs/{name}.yaml", "--warm_up", "--eval_batch_size=2000"]
     words += ["--model.compile=default", "--trainer.benchmark=true"]
-    within = 0.5 if name == "speed94_gpu" else 0.65
-    cases: dict[str, Case] = {
-        "ours": lambda _: _run(o, "-m", "benchmarks.steps", *words, *size, *o.more, turn_within=within)
-    }
+    words = ["-m", "benchmarks.steps", *words, *size, *o.more]
+    cases: dict[str, Case] = {"ours": lambda _: _run(o, *words, turn_within=turn_within)}
     samples, missing = alternate(cases, 1)
     found: list[dict[str, Any]] = samples["ours"][0]["runs"] if samples.get("ours") else []
     if found and "broken off" in samples["ours"][0]:
@@ -167,10 +166,16 @@ def _recipe(o: argparse.Namespace, name: str, runs: int, what: str) -> None:
 
 
 def _at_once(cases: dict[str, Case], rounds: int) -> tuple[Samples, dict[str, str]]:
-    """As `alternate`, but all begin at once: they measure one by one if $TURN is set, or take no times."""
-    with ThreadPoolExecutor(len(cases) * rounds) as pool:
-        begun = {(name, i): pool.submit(case, i) for name, case in cases.items() for i in range(rounds)}
-        return alternate({name: lambda i, name=name: begun[name, i].result() for name in cases}, rounds)  # type: ignore[misc]
+    """As `alternate`, but all of a round begin at once; they measure one by one, see `my_turn`, or take no times."""
+    begun: dict[int, dict[str, Future[Sample]]] = {}
+
+    def end(name: str, number: int) -> Sample:
+        if number not in begun:
+            begun[number] = {name: pool.submit(case, number) for name, case in cases.items()}
+        return begun[number][name].result()
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return alternate({name: partial(end, name) for name in cases}, rounds)
 
 
 def _run(o: argparse.Namespace, *words: str, turn_within: float = 0.8) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def process(
         command: The program and its arguments.
         threads: What it finds in ``OMP_NUM_THREADS``.
         terminal: Let its standard output be a terminal: there is a progress bar only in one.
-        turn_within: Seconds within which `my_turn` returns in it, at the latest.
         timeout: Seconds after which it is killed, with all that it started.
+        turn_within: Seconds within which `my_turn` returns in it, at the latest.
 
     Returns:
         ``process seconds`` from start to exit, ``processor seconds`` of all its threads, ``peak MB`` of memory, and

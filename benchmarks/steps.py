@@ -20,7 +20,7 @@ threads of the process, does not see what else the machine is doing.
 ``recipe`` is a whole fit by the clock of the speed-runs, which adds up whitening, the Trainer's loop from its start to
 the last optimizer step (augmentation, logging, checkpoints in between), and the evaluation of the test set with the
 config's test-time augmentation; CUDA events on a GPU. Parsing, imports, loading the data, building objects, warm-up are
-out: also that a GPU's allocator gets memory from the driver, to which Lightning gives it back before each fit.
+out.
 """
 
 import argparse
@@ -54,7 +54,6 @@ from src.networks import Network
 from src.step_loop import StepLoop
 from src.views import Views, average_views
 
-_CACHE = 4 << 30  # bytes: more than eager steps of these recipes take
 DEVICE = torch.device(device_type("auto"))
 PRECISION = default_precision(DEVICE.type)
 
@@ -230,7 +229,6 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         clock["whitened"], clock["module"] = _now(), module
 
     def begun() -> None:
-        _get_memory()
         clock["begun"] = _now()
 
     def stepped(step: int) -> None:
@@ -256,7 +254,6 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
         network, views = clock["module"].network.to(DEVICE).eval(), clock["module"].tta
         if warm_up:
             _meet_sizes(network, test)
-        _get_memory()
         tested = _now()
         with_views = _accuracy(network, test, views)
         done = _now()
@@ -400,12 +397,6 @@ def _warm_up(o: argparse.Namespace) -> list[str]:
     small = [yaml.safe_load(o.config.read_text())["data"]["init_args"].get("small_epochs", 0)] + [0] * o.full_size
     small += [int(word.partition("=")[2]) for word in o.more if word.startswith("--data.small_epochs=")]
     return ["--trainer.max_epochs=5", f"--data.small_epochs={min(4, small[-1])}"]
-
-
-def _get_memory() -> None:
-    """Let a GPU's allocator have some memory, which it keeps."""
-    if DEVICE.type == "cuda":
-        torch.empty(_CACHE, dtype=torch.uint8, device=DEVICE)
 
 
 @torch.inference_mode()

@@ -53,7 +53,7 @@ from src.errors import Failure, Interrupted, UsageError, refuse
 from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
 from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, full_key
-from src.options import CLASSES, HELP, SUBCOMMANDS, Parser, add_options, complete
+from src.options import EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
 from src.step_loop import StepLoop
 from src.trust import TRUSTED, class_paths, leaves, stored_config
 
@@ -97,7 +97,7 @@ class CLI(LightningCLI):
                     "epilog": "While a fit trains: watch RUN scores its weights as they change, steer RUN lr=0.02 "
                     "changes how it trains, feed DIR cat.png --label cat gives it images; see python -m src watch "
                     "--help, steer --help and feed --help.",
-                    **{name: {"description": text, "epilog": CLASSES} for name, text in HELP.items()},
+                    **{name: {"description": text, "epilog": EPILOG} for name, text in HELP.items()},
                 },
                 args=args,
             )
@@ -127,7 +127,7 @@ class CLI(LightningCLI):
         if first in ("-h", "--help", *SUBCOMMANDS) and first != subcommand:
             return self.init_parser(**kwargs)  # its name will do: to tell its options takes a tenth of a second
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        complete(parser, subcommand)
+        describe_options(parser, subcommand)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -28,7 +28,7 @@ HELP = {
     "predict": "Name the classes of image files.",
 }
 
-CLASSES = (
+EPILOG = (
     "The options of a class are told by --data.help CIFAR10, --model.network.help WhitenedCNN, "
     "--model.optimizer.help src.optim.Muon and the like."
 )
@@ -114,7 +114,7 @@ def add_options(parser: LightningArgumentParser) -> None:
     parser.link_arguments("data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate")
 
 
-def complete(parser: LightningArgumentParser, subcommand: str) -> None:
+def describe_options(parser: LightningArgumentParser, subcommand: str) -> None:
     """Say in our words what Lightning's options of a sub-command do, and add what it has to itself."""
     for action in parser._actions:
         action.help = _TEXTS.get(action.dest, action.help)
