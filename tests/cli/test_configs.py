@@ -85,7 +85,7 @@ def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:
     assert run_src("--version", cwd=tmp_path).stdout == f"python -m src {__version__}\n"
     text = run_src("fit", "--help", cwd=tmp_path).stdout
     assert "usage: python -m src" in text
-    for phrase in ("in [0, 1)", "--model.label_smoothing", "--checkpoint.monitor", "--data.help"):
+    for phrase in ("in [0, 1)", "--model.label_smoothing", "--checkpoint.monitor", "--data.help", "or best or last"):
         assert phrase in text
     assert len(text.splitlines()) < 500, "help must stay readable"
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,22 @@ def test_a_fit_tells_the_device_each_epoch_in_two_lines_and_how_to_go_on(trained
     ]
     assert lines[1] == "run: lightning_logs/version_0", "who wants to steer it need not wait for its end"
     assert len(lines) == 2 + 2 * 2 + 3, "something else is printed"
+
+
+def test_a_device_that_is_always_late_changes_nothing_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for folder in (tmp_path / "punctual", tmp_path / "late"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert main(["fit", *TINY, "--data.val_size=0"]) == 0  # a validation would wait
+        lines = [re.sub(r"images/s \S+|\d+\.\d s$", "", line) for line in capsys.readouterr().out.splitlines()]
+        curves = scalars(folder / "lightning_logs/version_0")
+        del curves["images/s"]
+        found.append((lines, curves))
+        monkeypatch.setattr("src.callbacks.curves.Point.arrived", lambda _: False)
+    assert found[0] == found[1]
 
 
 def test_while_it_starts_nothing_looks_for_garbage_and_what_it_has_loaded_is_none(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from src import checkpoint_io
+from src.callbacks import memory
 from src.checkpoint_io import Fixed, read
 from src.cli import main
 from tests.conftest import REPOSITORY
@@ -215,6 +216,18 @@ def test_a_batch_that_does_not_fit_into_memory_is_told_with_one_that_does(tmp_pa
     done = Child(with_little_memory, megabytes, [*fit, *found[2].split()], cwd=tmp_path).wait()
     assert (done.status, done.err) == (0, ""), done
     assert "epoch 1/1  step 1 " in done.out
+
+
+def with_greedy_threads(megabytes: int, args: list[str]) -> int:
+    memory._THREADS = megabytes * 2**20
+    return with_little_memory(megabytes, args)
+
+
+@linux
+def test_a_batch_that_leaves_no_room_for_the_threads_that_save_is_not_said_to_fit(tmp_path: Path) -> None:
+    fit = ["fit", *BIG, "--data.train_images=1044", "--trainer.max_epochs=1", "--data.batch_size=1024"]
+    line = refused(Child(with_greedy_threads, 360, fit, cwd=tmp_path).wait())
+    assert line == "out of memory with data.batch_size 1024, and with a single image too: the network is too large"
 
 
 @linux
