@@ -323,13 +323,17 @@ class CLI(LightningCLI):
         restored = not self.trainer._checkpoint_connector._loaded_checkpoint
         of_optimizer = _raised_in(error, "torch", "optim")
         refused = of_optimizer or _raised_in(error, "lightning", "pytorch")
-        early = isinstance(error, Interrupted) and not self._has_saved()
+        early = (isinstance(error, Interrupted) or _of_disk(error)) and not self._has_saved()
         in_vain = not restored or (self.trainer.global_step == 0 and (refused or early))
         if self.resumed is None and in_vain and isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.discard()
         if of_optimizer:
             key = "lr_scheduler" if _raised_in(error, "torch", "optim", "lr_scheduler.py") else "optimizer"
             raise UsageError(f"model.{key}: {error}") from error
+        if isinstance(error, OSError) and error.filename is None and _raised_in(error, "tensorboard"):
+            logger = self.trainer.logger
+            folder = f"{os.path.relpath(logger.log_dir)}: " if isinstance(logger, TensorBoardLogger) else ""
+            raise Failure(f"{folder}the curves could not be written ({error.strerror})") from error
         said = (Failure, UsageError, Interrupted, OSError, MisconfigurationException)
         if not restored and not isinstance(error, said):
             what = f"{type(error).__name__}: {error}"
@@ -401,6 +405,11 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
+def _of_disk(error: BaseException) -> bool:
+    """Return whether a file could not be written or read."""
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+
+
 def _raised_in(error: BaseException, *package: str) -> bool:
     """Return whether a package itself raised an error: then it is about what was asked of it, not a bug of ours."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -440,8 +449,8 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
     except BrokenPipeError:
         raise
     except OSError as error:
-        nameless = error.filename is None and error.strerror is not None
-        return refuse(Failure(f"a file could not be written or read ({error.strerror})" if nameless else str(error)))
+        what = f"{error.filename or 'a file'} could not be written or read ({error.strerror})"
+        return refuse(Failure(what if error.strerror else str(error)))
     except ImportError as error:
         return refuse(Failure(str(error)))
     except OverflowError as error:

@@ -38,7 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
 def refuse(error: UsageError | Failure) -> int:
     """Tell an error in one line, and return the exit status. ``LIVE_CIFAR10_TRACEBACK=1`` shows where it comes from."""
     if os.environ.get("LIVE_CIFAR10_TRACEBACK"):
-        traceback.print_exception(error)
+        traceback.print_exception(sys.exception() or error)
     line = " ".join(str(error).split())
     sys.stderr.write(f"error: {line if len(line) < 1000 else f'{line[:700]} … {line[-300:]}'}\n")
     return 2 if isinstance(error, UsageError) else 1

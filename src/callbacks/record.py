@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.checkpoint_io import commit
 from src.errors import Failure
 
 if TYPE_CHECKING:  # TensorBoard is imported where it is used: the help does without
@@ -44,6 +46,7 @@ class RunLogger(TensorBoardLogger):
         self._lock: FileLock | None = None
         self._held: list[tuple[Mapping[str, float], int | None, float]] = []
         self._logged = self._wrote = 0.0
+        threading.excepthook = _tell_of_thread
 
     @property
     def version(self) -> int | str:
@@ -119,11 +122,25 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the writer and leave the folder."""
-        if self._experiment is not None:
-            self._write(time.monotonic())
-            super().finalize(status)
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._experiment is not None:
+                self._write(time.monotonic())
+                super().finalize(status)
+        except OSError:
+            if status != "failed":  # else what failed first is told
+                raise
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+
+_tell_of_any_thread = threading.excepthook
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Leave it to the fit to tell what TensorBoard's thread cannot write: it is told with the next that it writes."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread" or not isinstance(failed.exc_value, OSError):
+        _tell_of_any_thread(failed)
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
@@ -155,8 +172,7 @@ class RunRecord(SaveConfigCallback):
             return
         path = Path(log_dir) / "config.yaml"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._config_text(), encoding="utf-8")
+            commit(self._config_text().encode(), path)
         sys.stdout.write(f"run: {os.path.relpath(log_dir)}\n")
         sys.stdout.flush()
 

@@ -39,6 +39,9 @@ def write_whole(path: Path, content: bytes | memoryview, mode: int = 0o666, *, s
         write_all(file, content)
         if sync:
             os.fsync(file)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(file)
     partial.replace(path)

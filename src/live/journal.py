@@ -115,8 +115,9 @@ class Journal:
                     write_all(file, content)
                     if sync:
                         os.fsync(file)
-                except OSError:
+                except OSError as error:
                     os.ftruncate(file, end)
+                    error.filename = str(self.path)
                     raise
                 self._end = end + len(content), seq + len(whole)
             finally:

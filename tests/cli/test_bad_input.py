@@ -1,5 +1,6 @@
 """Bad input gets one line that names the key or the file, the right exit status, and leaves no run behind."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from src.checkpoint_io import commit, serialize
-from src.cli import main
+from src.cli import CLI, main
 from tests.conftest import CONFIGS, TINY, run_src
 
 LIGHTNING = "lightning.pytorch.callbacks"
@@ -343,6 +344,22 @@ def test_what_lightning_says_of_a_cluster_takes_one_line_too(
 def test_a_traceback_is_shown_to_who_asks_for_it(tmp_path: Path) -> None:
     done = run_src("fit", "--data.batch_size", "0", cwd=tmp_path, status=2, LIVE_CIFAR10_TRACEBACK="1")
     assert "Traceback" in done.stderr
+
+
+def test_a_traceback_leads_to_where_it_went_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> CLI:
+        raise OSError(errno.ENOSPC, "No space left on device", "some/file")
+
+    assert main([], fail) == 1
+    line = "error: some/file could not be written or read (No space left on device)\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("LIVE_CIFAR10_TRACEBACK", "1")
+    assert main([], fail) == 1
+    told = capsys.readouterr().err
+    assert "in fail\n" in told
+    assert told.endswith(line)
 
 
 @pytest.mark.parametrize(

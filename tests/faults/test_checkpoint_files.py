@@ -266,6 +266,40 @@ def test_a_disk_on_which_nothing_can_be_written_any_more_ends_the_fit_in_one_lin
     assert read(small_disk / "lightning_logs/version_0/checkpoints/last.ckpt")["global_step"] == 6
 
 
+def fill(disk: Path, left: int) -> None:
+    """Leave so many pages of room."""
+    room = os.statvfs(disk)
+    (disk / "filled").write_bytes(b"\0" * (room.f_bavail - left) * room.f_frsize)
+
+
+@pytest.mark.parametrize(("left", "what"), [(0, ": the curves"), (1, "/config.yaml")], ids=["curves", "config"])
+def test_a_run_that_cannot_begin_as_the_disk_is_full_leaves_nothing_there(
+    small_disk: Path, left: int, what: str
+) -> None:
+    fill(small_disk, left)
+    line = refused(Child(main, ["fit", *FIT], cwd=small_disk).wait())
+    assert line == f"lightning_logs/version_0{what} could not be written (No space left on device)"
+    assert sorted(path.name for path in small_disk.rglob("*")) == ["filled", "lightning_logs"]
+
+
+@pytest.mark.parametrize(
+    ("left", "what"),
+    [(0, ": the curves could not be written"), (1, "/live/journal.jsonl could not be written or read")],
+    ids=["curves", "journal"],
+)
+def test_a_run_that_cannot_go_on_as_the_disk_is_full_says_so_in_one_line(
+    small_disk: Path, left: int, what: str
+) -> None:
+    assert Child(main, ["fit", *FIT, "--data.val_size=0", "--trainer.max_epochs=1"], cwd=small_disk).wait().status == 0
+    run = small_disk / "lightning_logs/version_0"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    fill(small_disk, left)
+    resume = ["fit", f"--config={run}/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    line = refused(Child(main, resume, cwd=small_disk).wait())
+    assert line == f"lightning_logs/version_0{what} (No space left on device)"
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def fit_with_small_files(arguments: list[str], limit: int) -> int:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return main(arguments)
