@@ -1,8 +1,11 @@
 """What is logged reaches the disk while the run goes on."""
 
+import errno
 import time
 from pathlib import Path
 
+import pytest
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.record import RunLogger, flatten
@@ -19,6 +22,25 @@ def test_a_point_is_on_disk_within_about_a_second_though_nobody_flushes(tmp_path
         if "train/loss" in events.Tags()["scalars"]:
             found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [(3, 1.5)]
+
+
+@pytest.mark.parametrize("status", ["success", "failed"])
+def test_points_that_cannot_be_written_at_the_end_are_told_of_unless_something_else_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    logger = RunLogger(tmp_path)
+    logger.log_metrics({"train/loss": 1.5}, 3)
+
+    def full(_: float) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logger, "_write", full)
+    if status == "failed":
+        logger.finalize(status)
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            logger.finalize(status)
+    FileLock(Path(logger.log_dir) / ".lock").acquire(blocking=False)
 
 
 def test_a_config_is_flattened_to_the_keys_that_are_typed() -> None:

@@ -31,6 +31,7 @@ from src import checkpoint_io
 from src.checkpoint_io import VerifiedCheckpointIO, commit, fix, manifest, pack, read, serialize
 from src.cli import main
 from src.errors import Failure
+from src.live.files import write_whole
 from tests.faults.breakers import SMALL, Child, refused
 
 FIT = [argument for argument in SMALL if "Weak" not in argument]  # with the CNN, whose class a checkpoint may name
@@ -298,6 +299,13 @@ def test_a_run_that_cannot_go_on_as_the_disk_is_full_says_so_in_one_line(
     line = refused(Child(main, resume, cwd=small_disk).wait())
     assert line == f"lightning_logs/version_0{what} (No space left on device)"
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_is_written_as_a_whole_is_named_if_there_is_no_room_for_it(small_disk: Path) -> None:
+    fill(small_disk, 0)
+    with pytest.raises(OSError, match="No space left") as failed:
+        write_whole(small_disk / "weights.json", b"{}")
+    assert failed.value.filename == str(small_disk / "weights.json")
 
 
 def fit_with_small_files(arguments: list[str], limit: int) -> int:
