@@ -51,6 +51,7 @@ from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError, refuse
 from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
+from src.leftovers import leftovers
 from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, full_key
 from src.options import EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
@@ -79,6 +80,7 @@ class CLI(LightningCLI):
         self.checkpoint: Path | None = None
         self.changes: dict[str, list[Any]] = {}
         self.resumed: Path | None = None
+        self.leftovers: dict[str, str] = {}
         self.step = 0
         with _heard_by(self._stop):
             super().__init__(
@@ -158,7 +160,8 @@ class CLI(LightningCLI):
             if ckpt_path is not None:
                 raise UsageError("ckpt_path and live exclude each other: give one of them")
             base = yaml.safe_dump(_inherited(run_config(self.live), command), sort_keys=False)
-            self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
+            args = [*args[:where], f"--config={base}", *args[where:]]
+            self.config = parser.parse_args(args)
         elif ckpt_path is None:
             if command != "fit":
                 raise UsageError(
@@ -171,9 +174,16 @@ class CLI(LightningCLI):
             said = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
             stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]))
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
-            self.config = parser.parse_args([*args[:where], f"--config={base}", *args[where:]])
+            args = [*args[:where], f"--config={base}", *args[where:]]
+            self.config = parser.parse_args(args)
             self.config[command].ckpt_path = str(self.checkpoint)
             self._note_changes(stored, content["global_step"])
+        if command == "fit":
+            self.leftovers = leftovers(
+                args,
+                self.config[command].model.as_dict(),
+                lambda words: parser.parse_args(words)[command].model.as_dict(),
+            )
         self.device = check_config(command, self.config[command])
         if self.device == "cpu":
             keep_pages()
@@ -296,6 +306,8 @@ class CLI(LightningCLI):
             line += "; channels_last" if self.model.hparams["channels_last"] else ""
             remark = self.model.network.remark(self.device, str(self.trainer.precision)) if subcommand == "fit" else ""
             _say(f"{line}; {remark}" if remark else line)
+            for key, sentence in self.leftovers.items():
+                _say(f"note: {key}: {sentence}")
             if self.checkpoint is not None:
                 _say(f"checkpoint: {self.checkpoint}")
             if self.live is not None:

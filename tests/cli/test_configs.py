@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from src.cli import main
-from tests.conftest import CONFIGS, run_src
+from tests.conftest import CONFIGS, TINY, run_src
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
@@ -77,6 +77,38 @@ def test_a_preset_does_what_it_promises(
         assert "run_training_batch" in output
     else:
         assert "step 10  " in output
+
+
+@pytest.mark.parametrize(
+    ("words", "taken", "own"),
+    [
+        (["--model.optimizer", "AdamW"], "lr 0.05, weight_decay 0.0005", {"lr": 0.001, "weight_decay": 0.01}),
+        (["--model.optimizer.class_path=torch.optim.AdamW", "--model.optimizer.lr=0.05"], "weight_decay 0.0005",
+         {"weight_decay": 0.01}),
+        (["--model.optimizer=AdamW", "--model.optimizer.init_args.weight_decay", "0.0005"], "lr 0.05", {"lr": 0.001}),
+        (["--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--model.optimizer.weight_decay=0.1"], "", {}),
+        (["--model.optimizer", "{class_path: AdamW, init_args: {lr: 0.05, weight_decay: 0.0005}}"], "", {}),
+        (["--model.optimizer", "torch.optim.SGD", "--model.lr_scheduler=null", "--model.network=CNN"], "", {}),
+    ],
+    ids=["two", "class_path", "init_args", "none", "whole", "the same"],
+)  # fmt: skip
+def test_what_a_class_takes_over_from_the_one_it_replaces_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    taken: str,
+    own: dict[str, float],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", f"--config={CONFIGS / 'quickstart.yaml'}", *TINY, "--trainer.max_steps=1"]
+    assert main([*fit, *words]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    options = " ".join(f"--model.optimizer.{name} {value}" for name, value in own.items())
+    assert notes == [f"note: model.optimizer: AdamW takes over {taken} from SGD; its own: {options}"] * bool(taken)
+    if own:
+        assert main([*fit, *words, *options.split()]) == 0
+        assert "note:" not in capsys.readouterr().out
 
 
 def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:
