@@ -86,23 +86,33 @@ def _bad_value(key: str, detail: str) -> str:
         return f"{key}: {found[1]} is not a {found[2].rstrip('.').replace(', ', ' or ')}"
     if value is not None and "expects a function or a callable class" in detail:
         named = re.match(r"Namespace\(class_path='([^']*)'", value)
-        name = named[1] if named else value
-        return f"{key}: there is no class {name}{_choices('', name)}"
+        return _no_class(key, named[1] if named else value, detail)
+    if found := re.search(r"Problem with given class_path '([^']+)':\s*(?:No module named|module \S+ has no)", detail):
+        return _no_class(key, found[1], detail)
     if found := re.search(r"Expected a dot import path string: (\S+)", detail):
-        base = next(iter(re.findall(r"<class '[\w.]*?(\w+)'>", detail)), "")
-        base = base if base in _BASES else {"network": "Network", "mix": "Mixing", "augment": "Augmentation"}.get(
-            key.rsplit(".", 1)[-1], ""
-        )  # fmt: skip
         numbers = _expected(detail)
-        if not base and numbers not in ("", "null"):
+        if not _base(key, detail) and numbers not in ("", "null"):
             return f"{key}: {found[1]!r} is not valid; expected {numbers}"
-        return f"{key}: there is no class {found[1]}{_choices(base, found[1])}"
+        return _no_class(key, found[1], detail)
     expected = _expected(detail)
     if value is not None and expected == "null":  # all else that it may be is too long to tell
         return f"{key}: {value!r} is not valid; see --help"
     if value is None or not expected:
         return f"{key}: {_flat(detail)}"
     return f"{key}: {value!r} is not valid; expected {expected}"
+
+
+def _no_class(key: str, name: str, detail: str) -> str:
+    """Say that there is no class of a name; what there is, or what is missing."""
+    missing = re.search(r"No module named '[^']+'", detail)
+    return f"{key}: there is no class {name}{f': {missing[0]}' if missing else _choices(_base(key, detail), name)}"
+
+
+def _base(key: str, detail: str) -> str:
+    """Return of which of our classes something is to be a subclass, if of one."""
+    of_keys = {"data": "ImageData", "network": "Network", "mix": "Mixing", "augment": "Augmentation"}
+    base = next(iter(re.findall(r"<class '[\w.]*?(\w+)'>", detail)), "")
+    return base if base in _BASES else of_keys.get(key.rsplit(".", 1)[-1], "")
 
 
 def _expected(detail: str) -> str:
@@ -160,7 +170,9 @@ def _choices(base: str, name: str = "") -> str:
     if base not in _BASES:
         known = {n for place in _PACKAGES for n, found in vars(sys.modules[place]).items() if isinstance(found, type)}
         near = difflib.get_close_matches(name.rsplit(".", 1)[-1], sorted(known), n=1)
-        return f"; did you mean {near[0]}?" if near else "; give its whole import path, such as torch.optim.SGD"
+        if near:
+            return f"; did you mean {near[0]}?"
+        return "" if "." in name else "; give its whole import path, such as torch.optim.SGD"
     names = sorted(c.__name__ for c in _subclasses(_BASES[base]) if not inspect.isabstract(c))
     return f"; there are {', '.join(names)}, or give the import path of one of yours"
 
@@ -194,7 +206,7 @@ def _hint(key: str, known: Sequence[str], prefix: str = "") -> str:
 def _locate(name: str, args: Sequence[str], configs: Sequence[str]) -> str:
     """Return the dotted key under which the user gave `name`: on the command line, or in a config."""
     for word in args:
-        option = word.split("=")[0]
+        option = word.split("=")[0].rstrip("+")
         if option.startswith("--") and option.endswith(f".{name}"):
             return option.removeprefix("--").replace(".init_args", "")
     for option, value in pairwise(args):

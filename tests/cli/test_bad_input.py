@@ -201,6 +201,20 @@ BAD_ARGUMENTS = [
         "model.optimizer: there is no class torch.optim.AdamWW; did you mean AdamW?",
     ),
     (["fit", "--model.lr_scheduler=OneCycl"], "model.lr_scheduler: there is no class OneCycl; did you mean OneCycle?"),
+    (["fit", "--model.optimizer=torch.optim.Foo"], "model.optimizer: there is no class torch.optim.Foo\n"),
+    (["fit", "--model.optimizer=my.Foo"], "model.optimizer: there is no class my.Foo: No module named 'my'\n"),
+    (["fit", "--model.network=my.Net"], "model.network: there is no class my.Net: No module named 'my'\n"),
+    (
+        ["fit", "--model.network=src.networks.ResNet18"],
+        "model.network: there is no class src.networks.ResNet18; there are CNN, ResNet",
+    ),
+    (["fit", "--data=src.data.CIFAR100"], "data: there is no class src.data.CIFAR100; there are CIFAR10, Shapes10"),
+    (
+        ["fit", "--data.augment+=src.data.RandomCro"],
+        "data.augment: there is no class src.data.RandomCro; there are ColorJitter",
+    ),
+    (["fit", "--data.mix=src.data.Mix"], "data.mix: there is no class src.data.Mix; there are CutMix, MixUp"),
+    (["fit", "--trainer.callbacks+=my.Own"], "trainer.callbacks: there is no class my.Own: No module named 'my'\n"),
     (["fit", "--model.optimizer=Foo"], "model.optimizer: there is no class Foo; give its whole import path, such as"),
     (
         ["fit", "--model.lr_scheduler=torch.optim.SGD"],
