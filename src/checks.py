@@ -1,8 +1,11 @@
 """What is refused before a run begins, by its key: what would hang, do nothing, or could not be gone on with."""
 
+import os
+
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -86,6 +89,7 @@ def check_run(command: str, trainer: pl.Trainer, module: ImageClassifier, data: 
     """
     if command == "validate" and data.val_size == 0:
         raise UsageError("data.val_size: 0 leaves no val split to validate on; use test, or give another size")
+    _check_rank(trainer)
     data.check(trainer.world_size)
     _check_callbacks(trainer, module)
     if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
@@ -103,6 +107,18 @@ def check_run(command: str, trainer: pl.Trainer, module: ImageClassifier, data: 
             raise UsageError(
                 f"model.{key}: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true"
             )
+
+
+def _check_rank(trainer: pl.Trainer) -> None:
+    """Refuse to be one of several processes that know nothing of each other: all but the first would write nothing."""
+    rank = _get_rank()
+    if trainer.world_size > 1 or rank is None or (rank == 0 and os.environ.get("WORLD_SIZE", "1") == "1"):
+        return
+    name = next(n for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK") if n in os.environ)
+    raise UsageError(
+        f"trainer.strategy: {name}={rank} in the environment makes this one of several processes, and all it is to do "
+        f"is for one; give --trainer.strategy ddp and as many --trainer.devices, or unset {name}"
+    )
 
 
 def _check_callbacks(trainer: pl.Trainer, module: ImageClassifier) -> None:

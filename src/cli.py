@@ -61,9 +61,11 @@ from src.trust import TRUSTED, class_paths, leaves, stored_config
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
           "Loading `train_dataloader`", "Using bfloat16", "Using 16bit", "Seed set to",
-          "Found current_model_state", "[rank: 0] Received SIGTERM")  # fmt: skip
+          "Found current_model_state", "Received SIGTERM")  # fmt: skip
 _NOISY = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed",
           "pytorch.trainer.connectors.signal_connector")  # fmt: skip
+
+_RANK = re.compile(r"^\[rank: \d+\] ")
 
 # How gloo and NCCL say that the process at the other end is no more.
 _PEER_IS_GONE = re.compile(r"Connection (?:reset|closed) by peer|Broken pipe|Connection refused|remote process exited")
@@ -440,7 +442,8 @@ def main(args: Sequence[str] | None = None, build: Callable[[list[str]], CLI] = 
         where an error comes from.
     """
     for name in _NOISY:
-        logging.getLogger(f"lightning.{name}").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+        logger = logging.getLogger(f"lightning.{name}")
+        logger.addFilter(lambda record: not _RANK.sub("", record.getMessage()).startswith(_NOISE))
     # Lightning's Timer has a default that is a text of a class of its own.
     yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
     # Raised inside Lightning: Lightning issue 21326.

@@ -355,6 +355,24 @@ def test_what_lightning_says_of_a_cluster_takes_one_line_too(
     assert (status, "`--ntasks=4`" in error) == (2, True), error
 
 
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "RANK=1"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=0"),
+        ({"SLURM_PROCID": "3"}, "SLURM_PROCID=3"),
+    ],
+    ids=["second", "first", "slurm"],
+)
+def test_one_of_several_processes_that_know_nothing_of_each_other_is_refused(
+    tmp_path: Path, variables: dict[str, str], named: str
+) -> None:
+    done = run_src("fit", *TINY, cwd=tmp_path, status=2, **variables)
+    assert done.stderr.count("\n") == 1
+    assert f"error: trainer.strategy: {named} in the environment makes this one of several" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_traceback_is_shown_to_who_asks_for_it(tmp_path: Path) -> None:
     done = run_src("fit", "--data.batch_size", "0", cwd=tmp_path, status=2, LIVE_CIFAR10_TRACEBACK="1")
     assert "Traceback" in done.stderr
