@@ -156,7 +156,13 @@ def _try_sizes(module: ImageClassifier, data: ImageData) -> None:
         for network in module.networks.values():
             try:
                 with torch.no_grad():
-                    network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
+                    logits = network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled
             except RuntimeError as error:
                 raise UsageError(f"{key}: the network takes no images of {size} pixels ({error})") from error
+            if list(getattr(logits, "shape", [])) != [1, data.num_classes]:
+                found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+                raise UsageError(
+                    f"{key}: {type(network).__name__} gives {found} for an image of {size} pixels; logits "
+                    f"{[1, data.num_classes]} are due, one for each class"
+                )
             network.train()

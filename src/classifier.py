@@ -36,8 +36,8 @@ class ImageClassifier(pl.LightningModule):
     Args:
         network: Maps images ``[b, 3, h, w]`` to logits ``[b, num_classes]``.
         optimizer: An optimizer of ``torch.optim`` or `src.optim`, or one of your own; it has to take several groups of
-            parameters, of any shape, and a step without a closure. Weight decay is kept off biases and norms, but for
-            Muon and DecoupledSGD, which say themselves what decays.
+            parameters, of any shape, and its ``step(closure)`` to call the closure once, which finds the gradients.
+            Weight decay is kept off biases and norms, but for Muon and DecoupledSGD, which say themselves what decays.
         lr_scheduler: A schedule, stepped once an optimizer step, ReduceLROnPlateau after each validation; null keeps
             the lr constant. `src.optim.OneCycle` knows the length of the run by itself.
         label_smoothing: Share of the target spread evenly over all classes while training, in [0, 1). The losses of
@@ -361,9 +361,11 @@ class ImageClassifier(pl.LightningModule):
         self.eval_loss.update(F.cross_entropy(logits, batch.labels), len(batch.labels))
         self.eval_acc.update(logits, batch.labels)
         self.confusion.update(logits, batch.labels)
-        # Not to the logger: Lightning would write them at a count of batches; `src.callbacks.curves` writes the step.
-        self.log(f"{stage}/loss", self.eval_loss, on_step=False, on_epoch=True, logger=False)
-        self.log(f"{stage}/acc", self.eval_acc, on_step=False, on_epoch=True, logger=False)
+        # Where `src.callbacks.curves` writes them at the step, not to the logger: Lightning counts batches.
+        ours = any(type(c).__module__.startswith("src.callbacks.") for c in self.trainer.callbacks)  # type: ignore[attr-defined] # set outside of __init__
+        logger = bool(self.trainer.loggers) and not ours
+        self.log(f"{stage}/loss", self.eval_loss, on_step=False, on_epoch=True, logger=logger)
+        self.log(f"{stage}/acc", self.eval_acc, on_step=False, on_epoch=True, logger=logger)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer, and the schedule that is stepped with it."""

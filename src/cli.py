@@ -40,7 +40,7 @@ from src.callbacks.memory import Memory
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
 from src.callbacks.publish import Publish
-from src.callbacks.record import RunLogger, RunRecord
+from src.callbacks.record import RunLogger, RunRecord, option_of_own
 from src.callbacks.report import Report
 from src.callbacks.resume import Resume
 from src.callbacks.signals import Signals
@@ -56,7 +56,7 @@ from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, full_key
 from src.options import EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
 from src.step_loop import StepLoop
-from src.trust import TRUSTED, class_paths, leaves, stored_config
+from src.trust import leaves, stored_config
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
@@ -238,8 +238,7 @@ class CLI(LightningCLI):
             source = run_folder(self.checkpoint) if self.checkpoint is not None else None
             feeding = Feeding(source, replay, lambda: curves.latest)
             callbacks = [
-                Resume(self.changes, forks=self.checkpoint is not None and self.resumed is None),
-                curves,
+                Resume(self.changes, source, self.resumed is not None),
                 Pictures(),
                 self._get(self.config_init, "guard"),
                 Memory(),
@@ -259,6 +258,8 @@ class CLI(LightningCLI):
                 config["enable_progress_bar"] = isinstance(progress, pl.callbacks.ProgressBar)
             if config["enable_checkpointing"] is not False:
                 callbacks.append(checkpoint)
+            # Before the user's, which go by what it has measured in the epoch that ends.
+            config["callbacks"] = [curves, *_as_list(config["callbacks"])]
             if config["logger"] in (None, True):
                 config["logger"] = RunLogger(Path(config["default_root_dir"] or "."), self.resumed, self.step)
         else:
@@ -272,6 +273,10 @@ class CLI(LightningCLI):
             if self.subcommand == "predict":  # the files are not shared out among devices
                 config |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
             config["enable_progress_bar"] = sys.stdout.isatty() and config["enable_progress_bar"] is not False
+            of_fits: list[type] = [pl.callbacks.Checkpoint]  # a fit's config may have them
+            if not config["enable_progress_bar"]:
+                of_fits.append(pl.callbacks.ProgressBar)
+            config["callbacks"] = [c for c in _as_list(config["callbacks"]) if not isinstance(c, tuple(of_fits))]
         if not any(isinstance(plugin, CheckpointIO) for plugin in _as_list(config["plugins"])):
             config["plugins"] = [*_as_list(config["plugins"]), VerifiedCheckpointIO()]
         if config["enable_model_summary"] is None:
@@ -337,7 +342,7 @@ class CLI(LightningCLI):
         restored = not self.trainer._checkpoint_connector._loaded_checkpoint
         of_optimizer = _raised_in(error, "torch", "optim")
         refused = of_optimizer or _raised_in(error, "lightning", "pytorch")
-        early = (isinstance(error, Interrupted) or _of_disk(error)) and not self._has_saved()
+        early = (isinstance(error, (Interrupted, UsageError)) or _of_disk(error)) and not self._has_saved()
         in_vain = not restored or (self.trainer.global_step == 0 and (refused or early))
         if self.resumed is None and in_vain and isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.discard()
@@ -363,20 +368,16 @@ class CLI(LightningCLI):
         trainer, log_dir = self.trainer, self.trainer.log_dir  # asked for on all ranks: it is broadcast
         if not trainer.is_global_zero or log_dir is None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined] # set outside of __init__
             return
-        folder = Path(os.path.relpath(log_dir))
         callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
         if self.checkpoint is not None and trainer.global_step == self.step:
             _say("note: no step was left to take; --trainer.max_epochs or max_steps, with more, trains for longer")
-        _say(f"run:         {folder}")
+        _say(f"run:         {os.path.relpath(log_dir)}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _say(f"TensorBoard: tensorboard --logdir {shlex.quote(os.path.relpath(logger.log_dir))}")
         if callback is not None and callback.best is not None:
-            # Classes of the user's own are not trusted in a checkpoint, but are in a config.
-            own = not all(name.startswith(TRUSTED) for name in class_paths(self.config[self.subcommand].as_dict()))
-            config = f" --config {shlex.quote(str(folder / 'config.yaml'))}" if own else ""
             best = shlex.quote(os.path.relpath(callback.best))
-            _say(f"test:        python -m src test{config} --ckpt_path {best}")
+            _say(f"test:        python -m src test{option_of_own(trainer, Path(log_dir))} --ckpt_path {best}")
 
 
 @contextmanager

@@ -21,7 +21,8 @@ _BASES: dict[str, type] = {
     "Augmentation": Augmentation,
     "Mixing": Mixing,
 }
-_PACKAGES = ("torch.optim.lr_scheduler", "torch.optim", "lightning.pytorch.callbacks", "src.optim")
+_PACKAGES = ("torch.optim.lr_scheduler", "torch.optim", "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
+             "src.optim")  # fmt: skip
 """Where there are classes that need no import path, beside this project's."""
 
 _WORDS = {

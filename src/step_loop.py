@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from src.errors import UsageError
 from src.step_graph import StepGraph, obstacle
 
 # What is called around a batch, by the callbacks alone: a module that has one of these is left to Lightning.
@@ -285,6 +286,9 @@ class StepLoop(_TrainingEpochLoop):
             progress.step.increment_ready()
             step: Hook = optimizer.step if self._first else epoch.inner_step
             step(gradients)
+            if not output:
+                name = type(optimizer).__name__
+                raise UsageError(f"model.optimizer: {name}.step does not call its closure, which finds the gradients")
             progress.step.increment_completed()
         batches.increment_processed()
         if not accumulates and epoch.schedule is not None:

@@ -1,6 +1,7 @@
 """A run's folder, and what is kept in it of what was asked for: config.yaml, and the hparams of TensorBoard."""
 
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.checkpoint_io import commit
 from src.errors import Failure
+from src.trust import TRUSTED, class_paths
 
 if TYPE_CHECKING:  # TensorBoard is imported where it is used: the help does without
     from torch.utils.tensorboard import SummaryWriter
@@ -199,6 +201,17 @@ class RunRecord(SaveConfigCallback):
             writer = trainer.logger.experiment._get_file_writer()
             for summary in hparams(flatten(self.config.as_dict()), dict.fromkeys(curves, 0.0)):  # type: ignore[no-untyped-call]
                 writer.add_summary(summary)
+
+
+def option_of_own(trainer: pl.Trainer, run: Path) -> str:
+    """Return what a command needs beside a checkpoint whose config names classes of the user's own.
+
+    They are not trusted in a checkpoint, but are in a config.
+    """
+    record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined] # set outside of __init__
+    if record is None or all(name.startswith(TRUSTED) for name in class_paths(record.config.as_dict())):
+        return ""
+    return f" --config {shlex.quote(os.path.relpath(run / 'config.yaml'))}"
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

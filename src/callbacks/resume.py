@@ -8,6 +8,7 @@ and the step. What a checkpoint holds besides weights and optimizer is where in 
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,12 @@ class Resume(pl.Callback):
 
     Args:
         changes: What the command line sets otherwise than the checkpoint's config: ``[before, now]`` by dotted key.
-        forks: Whether the run writes into another folder than that of the checkpoint.
+        source: The folder of the run that the checkpoint is of.
+        goes_on: Whether that is where the run is to go on; a logger of the user's own may have another.
     """
 
-    def __init__(self, changes: dict[str, list[Any]], forks: bool = False) -> None:
-        self.changes, self.forks = changes, forks
+    def __init__(self, changes: dict[str, list[Any]], source: Path | None = None, goes_on: bool = False) -> None:
+        self.changes, self.source, self.goes_on = changes, source, goes_on
         self._start = self._seed = 0
         self._resumed = False
         self._order: dict[str, Any] = {}
@@ -93,12 +95,18 @@ class Resume(pl.Callback):
         folder = trainer.log_dir  # asked for on all ranks: it is broadcast
         if self._resumed and trainer.is_global_zero and trainer.loggers and folder is not None:
             before, now = ({k: v[i] for k, v in self.changes.items()} for i in (0, 1))
+            forks = self.source is not None and Path(folder).resolve() != self.source.resolve()
+            if forks and self.goes_on:
+                sys.stdout.write(
+                    f"note: trainer.logger: the run goes on in {os.path.relpath(folder)}; what was done to "
+                    f"{self.source} after step {trainer.global_step} is not done again\n"
+                )
             Journal(Path(folder) / "live" / "journal.jsonl").append(
                 trainer.global_step,
                 "resume",
                 "config" if now else "",
                 before=before or None,
-                requested={"forks": True} if self.forks else None,
+                requested={"forks": True} if forks else None,
                 effective=now or None,
             )
         self._seed = data_of(trainer).seed

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 
 from src.callbacks.checkpoint import Checkpoint, validation_follows
+from src.callbacks.record import option_of_own
 from src.callbacks.resume import Position
 from src.errors import Interrupted
 
@@ -99,9 +100,10 @@ class Signals(pl.Callback):
         if not (callback.folder / "last.ckpt").is_file():
             raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
         path = shlex.quote(os.path.relpath(callback.folder / "last.ckpt"))
+        config = option_of_own(trainer, callback.folder.parent)
         raise Interrupted(
             number,
-            f"at step {trainer.global_step}; go on with: python -m src fit --ckpt_path {path}",
+            f"at step {trainer.global_step}; go on with: python -m src fit{config} --ckpt_path {path}",
         )
 
     def _listen(self, trainer: pl.Trainer) -> None:

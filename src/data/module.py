@@ -87,6 +87,10 @@ class ImageData(pl.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        for name in ("classes", "mean", "std"):
+            if not hasattr(self, name):
+                raise ValueError(f"data: {type(self).__name__} has no {name}; a data set has classes, mean and std")
+        feed, images = None if feed is None else Path(feed), [Path(path) for path in images or []]
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is out of range: at least 1 image")
@@ -269,13 +273,10 @@ class ImageData(pl.LightningDataModule):
         """Load a part once and keep it on the training device, the only copy of it."""
         device = self._device()
         if part not in self._parts:
-            self._parts[part] = self.load(part)
-            given, size = list(self._parts[part][0].shape[1:]), self.image_size
-            if given != [size, size, 3]:
-                name = type(self).__name__
-                raise UsageError(
-                    f"data: {name}.load returns images of shape {given}; its image_size asks for {[size, size, 3]}"
-                )
+            found = self.load(part)
+            if problem := self._problem_of(found):
+                raise UsageError(f"data: {type(self).__name__}.load returns {problem}")
+            self._parts[part] = found
             if part == "train":  # beside all else that is to be done before the first checkpoint asks for it
                 self._hashing = threading.Thread(target=self._hash, args=(self._parts[part],))
                 self._hashing.start()
@@ -283,6 +284,23 @@ class ImageData(pl.LightningDataModule):
         if pixels.device != device:
             self._parts[part] = pixels.to(device), labels.to(device)
         return self._parts[part]
+
+    def _problem_of(self, found: Any) -> str:
+        """Return what is wrong with what `load` has returned; nothing if all is right."""
+        if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, Tensor) for part in found)):
+            return f"{_kinds(found)}; images and labels are due, two tensors"
+        (pixels, labels), size, most = found, self.image_size, self.num_classes - 1
+        if list(pixels.shape[1:]) != [size, size, 3]:
+            return f"images of shape {list(pixels.shape[1:])}; its image_size asks for {[size, size, 3]}"
+        if pixels.dtype != torch.uint8:
+            return f"images of {pixels.dtype}; torch.uint8 is due, from 0 to 255"
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            return f"labels of {labels.dtype} and shape {list(labels.shape)}; torch.int64 and [{len(pixels)}] are due"
+        if len(pixels) != len(labels):
+            return f"{len(pixels)} images and {len(labels)} labels"
+        if len(labels) and not 0 <= labels.min() <= labels.max() <= most:
+            return f"labels from {labels.min()} to {labels.max()}; with its {most + 1} classes they are 0 to {most}"
+        return ""
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -307,3 +325,9 @@ class ImageData(pl.LightningDataModule):
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
         )
+
+
+def _kinds(value: Any) -> str:
+    """Say what a value is, and what is in it if it is a tuple."""
+    inside = f" of {', '.join(type(part).__name__ for part in value)}" if isinstance(value, tuple) else ""
+    return f"{type(value).__name__}{inside}"

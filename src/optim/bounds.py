@@ -1,5 +1,6 @@
 """What values the hyper-parameters of an optimizer may have, whichever optimizer it is."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -65,6 +66,10 @@ def build_checked(build: Callable[[], Optimizer]) -> Optimizer:
         if name is None:
             raise ValueError(f"{match[1].replace(' ', '_')}: {match[2]} is not valid") from error
         raise ValueError(f"{name}: {match[2]} is out of range: {BOUNDS[name]}") from error
+    try:
+        inspect.signature(optimizer.step).bind(None)
+    except TypeError as error:
+        raise ValueError(f"optimizer: {type(optimizer).__name__}.step takes no closure; it is to call one") from error
     for group in optimizer.param_groups:
         for name, bound in BOUNDS.items():
             if name in group and not bound.holds(group[name]):

@@ -220,6 +220,7 @@ BAD_ARGUMENTS = [
         ["fit", "--model.lr_scheduler=torch.optim.SGD"],
         "model.lr_scheduler: torch.optim.SGD is not a LRScheduler or ReduceLROnPlateau",
     ),
+    (["fit", "--trainer.logger=CSVLogger"], "trainer.logger: CSVLogger needs save_dir; give trainer.logger.save_dir"),
     (["fit", "--data=[]"], "data: '[]' is not valid; see --help"),
     (["fit", "--data.seed=3"], "data.seed: it is that of the whole run; give seed_everything"),
     (["fit", "--model.network=CNN", "--model.network.num_classes=3"], "model.network.num_classes: it is that of the d"),

@@ -1,6 +1,7 @@
 """Behaviour of src/data/module.py: which images are trained on, which are left out, and which requests are refused."""
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -24,6 +25,11 @@ class Uneven(ImageData):
     def load(self, part: Part) -> tuple[Tensor, Tensor]:
         labels = torch.arange(3).repeat_interleave(torch.tensor(self.counts))
         return torch.zeros(len(labels), 8, 8, 3, dtype=torch.uint8), labels
+
+
+def test_paths_may_be_given_as_texts() -> None:
+    data = Shapes10(feed="incoming", images=["cat.png"])
+    assert (data.feed, data.images) == (Path("incoming"), [Path("cat.png")])
 
 
 def shapes(**kwargs: Any) -> Shapes10:

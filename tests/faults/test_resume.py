@@ -186,7 +186,7 @@ def test_a_fit_that_is_stopped_and_resumed_equals_one_that_is_not(
     for at in [*others, ""]:
         assert done.status == 143, done
         assert done.err.startswith("stopped by SIGTERM at step ")
-        assert done.err.endswith(f"; go on with: python -m src fit --ckpt_path {LAST}\n")
+        assert done.err.endswith(f"; go on with: python -m src fit --config {RUN}/config.yaml --ckpt_path {LAST}\n")
         assert done.err.count("\n") == 1
         done = resume(at=at, callbacks=callbacks)
     assert (done.status, done.err) == (0, "")

@@ -24,6 +24,7 @@ from tests.faults.probe import SMALL, assert_same_run, batches, fit, probed
 
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
+GO_ON = f"python -m src fit --config {RUN}/config.yaml --ckpt_path {LAST}"
 DDP = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
 
 
@@ -52,7 +53,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
     number: str, at: str, step: int, status: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = run_src("fit", *SMALL, *probed(Path("log"), at, number=number), cwd=tmp_path, status=status)
-    assert done.stderr == f"stopped by {number} at step {step}; go on with: python -m src fit --ckpt_path {LAST}\n"
+    assert done.stderr == f"stopped by {number} at step {step}; go on with: {GO_ON}\n"
     monkeypatch.chdir(tmp_path)
     assert manifest(LAST).step == step
     time.sleep(1 - time.time() % 1)  # TensorBoard reads files of the same second in any order
@@ -74,7 +75,7 @@ def test_a_signal_within_a_chunk_waits_for_its_end(tmp_path: Path) -> None:
         cwd=tmp_path,
         status=143,
     )
-    assert done.stderr == f"stopped by SIGTERM at step 7; go on with: python -m src fit --ckpt_path {LAST}\n"
+    assert done.stderr == f"stopped by SIGTERM at step 7; go on with: {GO_ON}\n"
     run_src("fit", "--ckpt_path", LAST, "--chunk_size=2", network, cwd=tmp_path)
     weights = [read(tmp_path / folder / LAST)["state_dict"] for folder in (".", "whole")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -237,7 +238,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(story: Story) -> None:
     assert (story.terminated.status, story.terminated.left) == (143, []), story.terminated.err
     lines = [line for line in story.terminated.err.splitlines() if "stopped" in line]
-    assert lines == [f"stopped by SIGTERM at step 3; go on with: python -m src fit --ckpt_path {LAST}"]
+    assert lines == [f"stopped by SIGTERM at step 3; go on with: {GO_ON}"]
     assert manifest(story.stopped).step == 3
 
 

@@ -183,7 +183,10 @@ def test_what_the_command_line_says_beats_what_was_steered() -> None:
 
 def test_a_stop_saves_and_says_how_to_go_on() -> None:
     done = steered(commands={3: [{"do": "stop"}]}, crashes=[])
-    assert done.err == f"stopped by steer at step 3; go on with: python -m src fit --ckpt_path {LAST}\n"
+    assert (
+        done.err
+        == f"stopped by steer at step 3; go on with: python -m src fit --config {RUN}/config.yaml --ckpt_path {LAST}\n"
+    )
     assert load(RUN)["global_step"] == 3
     SCRIPT.unlink()
     assert fit("--ckpt_path", LAST, *with_steerer()).status == 0
