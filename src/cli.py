@@ -54,7 +54,7 @@ from src.hardware import default_precision, describe, is_out_of_memory, keep_pag
 from src.leftovers import leftovers
 from src.live.weights import LiveWeights, Version
 from src.messages import deepest_reason, full_key
-from src.options import EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
+from src.options import DEFAULTS, EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
 from src.step_loop import StepLoop
 from src.trust import leaves, stored_config
 
@@ -140,6 +140,15 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, on top of what the checkpoint carries if one is named."""
+
+        def parse(words: list[str]) -> Any:
+            of_subcommand = bool(words) and words[0] in SUBCOMMANDS
+            config = parser.parse_args([words[0], *DEFAULTS, *words[1:]] if of_subcommand else words)
+            network = config[config.subcommand].model.network
+            if "init_args" not in network:  # it takes none, but Lightning will want to note what it was linked to
+                network.init_args = type(network)()
+            return config
+
         args = join_paths(args)
         Parser.command_line = args
         texts = config_texts(args)
@@ -150,20 +159,20 @@ class CLI(LightningCLI):
         finds = ("--config", "-c", "--ckpt_path", "--live", "--trainer.default_root_dir")
         options = {word.partition("=")[0] for word in args}
         look = bool(options & {"--ckpt_path", "--live", "--print_config"}) and not options & {"--help", "-h"}
-        self.config = parser.parse_args(only(args, finds) if look else args)
+        self.config = parse(only(args, finds) if look else args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
         refuse_linked(options, texts)
         where = args.index(command) + 1 if command in args else 0
         self.live = self.config[command].get("live")
         if look and ckpt_path is None and self.live is None:
-            self.config = parser.parse_args(args)
+            self.config = parse(args)
         if self.live is not None:
             if ckpt_path is not None:
                 raise UsageError("ckpt_path and live exclude each other: give one of them")
             base = yaml.safe_dump(_inherited(run_config(self.live), command), sort_keys=False)
             args = [*args[:where], f"--config={base}", *args[where:]]
-            self.config = parser.parse_args(args)
+            self.config = parse(args)
         elif ckpt_path is None:
             if command != "fit":
                 raise UsageError(
@@ -177,15 +186,12 @@ class CLI(LightningCLI):
             stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]))
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
             args = [*args[:where], f"--config={base}", *args[where:]]
-            self.config = parser.parse_args(args)
+            self.config = parse(args)
             self.config[command].ckpt_path = str(self.checkpoint)
             self._note_changes(stored, content["global_step"])
         if command == "fit":
-            self.leftovers = leftovers(
-                args,
-                self.config[command].model.as_dict(),
-                lambda words: parser.parse_args(words)[command].model.as_dict(),
-            )
+            now = self.config[command].as_dict()
+            self.leftovers = leftovers(args, now, lambda words: parse(words)[command].as_dict())
         self.device = check_config(command, self.config[command])
         if self.device == "cpu":
             keep_pages()

@@ -1,73 +1,124 @@
-"""What a class that is named on the command line takes over from the one it replaces.
+"""What a class takes over from the one that it replaces.
 
     python -m src fit --config configs/cifar10.yaml --model.optimizer torch.optim.AdamW
 
 The parser leaves it all arguments that both have: here the lr of SGD, fifty times that of AdamW. So it is told.
 """
 
+import contextlib
 import inspect
+import io
 import json
 import pydoc
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-_NAMES = ("network", "optimizer", "lr_scheduler")
+import yaml
+
+KEYS = ("data", "model.network", "model.optimizer", "model.lr_scheduler")
 _EMPTY = inspect.Parameter.empty
 
+Config = dict[str, Any]
 
-def leftovers(
-    args: Sequence[str], model: dict[str, Any], parse: Callable[[list[str]], dict[str, Any]]
-) -> dict[str, str]:
+
+class Source(NamedTuple):
+    """A place on a command line that says something of a class.
+
+    Attributes:
+        place: The number of its word.
+        class_path: The class that it names, if it does.
+        names: The arguments that it gives.
+    """
+
+    place: int
+    class_path: str | None
+    names: set[str]
+
+
+def leftovers(args: Sequence[str], config: Config, parse: Callable[[list[str]], Config]) -> dict[str, str]:
     """Find what classes have from those they replace, if their own would be something else.
 
     Args:
         args: A command line.
-        model: Its section ``model``.
-        parse: Returns that section of another command line.
+        config: What the parser makes of it.
+        parse: Makes the same of another command line.
 
     Returns:
         A sentence for each such class, with the options that give it its own, by the key it is given under.
     """
-    names = [name for name in _NAMES if _is_named(args, f"model.{name}")]
-    if not names:
-        return {}
-    before = parse(_without(args, [f"--model.{name}" for name in names]))
-    options = {word.partition("=")[0].replace(".init_args.", ".") for word in args}
-    found = {f"model.{name}": _told(f"model.{name}", before[name], model[name], options) for name in names}
-    return {key: sentence for key, sentence in found.items() if sentence}
+    found = {}
+    for key in KEYS:
+        sources = [source for i, word in enumerate(args) for source in _sources(args, i, word, key)]
+        named = [source for source in sources if source.class_path is not None]
+        if len({str(source.class_path).rpartition(".")[2] for source in named}) < 2:
+            continue
+        last = named[-1].place
+        given = {name for source in sources if source.place >= last for name in source.names}
+        given |= {word.partition("=")[0].rpartition(".")[2] for word in args if word.startswith(f"--{key}.")}
+        # Should there be no command line without it, that is no reason to refuse this one.
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            before = parse(list(_without(args, key, last)))
+            if sentence := _told(key, _section(before, key), _section(config, key), given):
+                found[key] = sentence
+    return found
 
 
-def _is_named(args: Sequence[str], key: str) -> bool:
-    """Return whether a command line gives a class by its name alone."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
-        option, _, value = word.partition("=")
-        if option in (f"--{key}", f"--{key}.class_path"):
-            return not (value or following).startswith("{")
-    return False
+def _sources(args: Sequence[str], index: int, word: str, key: str) -> list[Source]:
+    """Return what a word of a command line says of the class of a key, if it does."""
+    option, equals, value = word.partition("=")
+    value = value if equals else next(iter(args[index + 1 :]), "")
+    section: Any = None
+    if option in (f"--{key}", f"--{key}.class_path"):
+        section = _config(value) if value.startswith("{") else value
+    elif option in ("--config", "-c"):
+        section = _section(_config(value), key)
+    if isinstance(section, str):
+        return [Source(index, section, set())]
+    if not isinstance(section, dict):
+        return []
+    return [Source(index, section.get("class_path"), set(section.get("init_args") or {}))]
 
 
-def _without(args: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Return a command line without some options and what is below them.
+def _config(value: str) -> Any:
+    """Return the config that is given by its file, or itself; none if it is none, which the parser says."""
+    with contextlib.suppress(OSError, ValueError):
+        value = Path(value).read_text(encoding="utf-8")
+    with contextlib.suppress(yaml.YAMLError, ValueError):
+        return yaml.safe_load(value)
+    return None
 
-    >>> _without(["fit", "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr=1"], ["--model.optimizer"])
-    ['fit']
-    """
-    kept, keep = [], True
-    for word in args:
+
+def _section(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
+
+
+def _without(args: Sequence[str], key: str, last: int) -> Iterable[str]:
+    """Yield a command line without a key, but for what configs before a word say of it."""
+    keep = True
+    for i, word in enumerate(args):
+        option, equals, value = word.partition("=")
         if word.startswith("--") or word == "-c":
-            keep = not any(f"{word.partition('=')[0]}.".startswith(f"{option}.") for option in options)
+            keep = not f"{option}.".startswith(f"--{key}.")
+            if i >= last and option in ("--config", "-c"):
+                keep, config = False, _config(value if equals else args[i + 1])
+                parent = _section(config, key.rpartition(".")[0]) if "." in key else config
+                if isinstance(parent, dict):
+                    parent.pop(key.rpartition(".")[2], None)
+                yield f"--config={yaml.safe_dump(config)}"
         if keep:
-            kept.append(word)
-    return kept
+            yield word
 
 
-def _told(key: str, before: dict[str, Any] | None, now: dict[str, Any] | None, options: set[str]) -> str:
+def _told(key: str, before: Config | None, now: Config | None, given: set[str]) -> str:
     if before is None or now is None or before["class_path"] == now["class_path"]:
         return ""
     found = pydoc.locate(now["class_path"])
     own = {name: p.default for name, p in inspect.signature(found).parameters.items()} if callable(found) else {}
     old, new = before.get("init_args", {}), now.get("init_args", {})
-    names = [n for n in new if n in old and own.get(n, _EMPTY) is not _EMPTY and f"--{key}.{n}" not in options]
+    names = [n for n in new if n in old and own.get(n, _EMPTY) is not _EMPTY and n not in given]
     texts = {name: [_text(value) for value in (new[name], old[name], own[name])] for name in names}
     taken = {name: (now, its) for name, (now, then, its) in texts.items() if now == then != its}
     if not taken:

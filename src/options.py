@@ -28,6 +28,11 @@ HELP = {
     "predict": "Name the classes of image files.",
 }
 
+_DEFAULTS = {"model.network": "src.networks.CNN", "data": "src.data.Shapes10"}
+DEFAULTS = [f"--{key}={name}" for key, name in _DEFAULTS.items()]
+"""The classes of what nobody names, as the first words of a command line. Of a default that the parser knows as such it
+would leave the arguments, such as a val_size, to a class that is named in its place."""
+
 EPILOG = (
     "The options of a class are told by --data.help CIFAR10, --model.network.help WhitenedCNN, "
     "--model.optimizer.help src.optim.Muon and the like."
@@ -106,9 +111,6 @@ def add_options(parser: LightningArgumentParser) -> None:
         default=None,
         help="The folder of a run, whose interventions this fit makes again at their steps.",
     )
-    parser.set_defaults(
-        {"model.network": {"class_path": "src.networks.CNN"}, "data": {"class_path": "src.data.Shapes10"}}
-    )
     parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
     parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
     parser.link_arguments("data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate")
@@ -118,6 +120,8 @@ def describe_options(parser: LightningArgumentParser, subcommand: str) -> None:
     """Say in our words what Lightning's options of a sub-command do, and add what it has to itself."""
     for action in parser._actions:
         action.help = _TEXTS.get(action.dest, action.help)
+        if action.dest in _DEFAULTS:
+            action.help = f"{action.help} By default {_DEFAULTS[action.dest]}."
         if subcommand != "fit" and action.dest.partition(".")[0] in _OF_FITS:
             action.help = SUPPRESS
     if subcommand != "fit":

@@ -47,6 +47,18 @@ class Shallow(Network):
         return type(self).change(self.head(images.flatten(1)))  # type: ignore[no-any-return]
 
 
+class Simple(Network):
+    """A network without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
 class NoClosure(torch.optim.SGD):
     """An optimizer that takes none."""
 

@@ -89,8 +89,14 @@ def test_a_preset_does_what_it_promises(
         (["--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--model.optimizer.weight_decay=0.1"], "", {}),
         (["--model.optimizer", "{class_path: AdamW, init_args: {lr: 0.05, weight_decay: 0.0005}}"], "", {}),
         (["--model.optimizer", "torch.optim.SGD", "--model.lr_scheduler=null", "--model.network=CNN"], "", {}),
+        (["--config=model: {optimizer: {class_path: AdamW}}"], "lr 0.05, weight_decay 0.0005",
+         {"lr": 0.001, "weight_decay": 0.01}),
+        (["--config", "later.yaml"], "weight_decay 0.0005", {"weight_decay": 0.01}),
+        (["--config=later.yaml", "--model.optimizer.weight_decay=0.1"], "", {}),
+        (["--model.optimizer=AdamW", "--config=model: {lr_scheduler: null}"], "lr 0.05, weight_decay 0.0005",
+         {"lr": 0.001, "weight_decay": 0.01}),
     ],
-    ids=["two", "class_path", "init_args", "none", "whole", "the same"],
+    ids=["two", "class_path", "init_args", "none", "whole", "the same", "itself", "later", "given", "before"],
 )  # fmt: skip
 def test_what_a_class_takes_over_from_the_one_it_replaces_is_told(
     tmp_path: Path,
@@ -101,6 +107,7 @@ def test_what_a_class_takes_over_from_the_one_it_replaces_is_told(
     own: dict[str, float],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("later.yaml").write_text("model: {optimizer: {class_path: AdamW, init_args: {lr: 0.05}}}")
     fit = ["fit", f"--config={CONFIGS / 'quickstart.yaml'}", *TINY, "--trainer.max_steps=1"]
     assert main([*fit, *words]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
@@ -109,6 +116,29 @@ def test_what_a_class_takes_over_from_the_one_it_replaces_is_told(
     if own:
         assert main([*fit, *words, *options.split()]) == 0
         assert "note:" not in capsys.readouterr().out
+
+
+def test_a_note_is_no_reason_to_refuse_what_can_be_done(tmp_path: Path) -> None:
+    Path(tmp_path / "step.yaml").write_text("model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR}}")
+    words = ["--config=step.yaml", "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"]
+    done = run_src("fit", *TINY, *words, "--model.lr_scheduler.gamma=0.9", cwd=tmp_path)
+    assert (done.stderr, "note:" in done.stdout) == ("", False)
+
+
+def test_what_nobody_names_has_a_class_that_leaves_nothing_to_others(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, data, network, val_size in (
+        ([], "Shapes10", "CNN", 2000),
+        (["--data.batch_size=7"], "Shapes10", "CNN", 2000),
+        (["--data=CIFAR10"], "CIFAR10", "CNN", 5000),
+        (["--config=data: {class_path: CIFAR10}", "--model.network", "ResNet"], "CIFAR10", "ResNet", 5000),
+        (["--config=data: {init_args: {batch_size: 7}}"], "Shapes10", "CNN", 2000),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--print_config"])
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["data"]["class_path"] == f"src.data.{data}"
+        assert printed["data"]["init_args"]["val_size"] == val_size
+        assert printed["model"]["network"]["class_path"] == f"src.networks.{network}"
 
 
 def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:

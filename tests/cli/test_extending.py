@@ -88,6 +88,15 @@ def test_an_optimizer_that_does_not_call_its_closure_is_refused(
     assert refusal([*FIT, *words], capsys) == (2, f"model.optimizer: {line}\n")
 
 
+def test_a_network_may_have_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, f"--model.network={OWN}.Simple"]) == 0
+    command = re.findall(r"python -m src (test .*)", capsys.readouterr().out)[0].split()
+    assert main(command) == 0
+    Path("own.yaml").write_text(f"model: {{network: {{class_path: {OWN}.Simple}}}}")
+    assert main([*FIT[:4], "--config=own.yaml", "--trainer.max_epochs=1"]) == 0
+    capsys.readouterr()
+
+
 def test_a_callback_sees_the_loss_of_the_epoch_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peek, "found", [])
     assert main([*FIT, f"--trainer.callbacks+={OWN}.Peek"]) == 0
