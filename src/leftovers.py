@@ -6,6 +6,7 @@ The parser leaves it all arguments that both have: here the lr of SGD, fifty tim
 """
 
 import contextlib
+import copy
 import inspect
 import io
 import json
@@ -47,37 +48,40 @@ def leftovers(args: Sequence[str], config: Config, parse: Callable[[list[str]], 
     Returns:
         A sentence for each such class, with the options that give it its own, by the key it is given under.
     """
+    options = [word.partition("=")[0] for word in args]
+    values = [word.partition("=")[2] if "=" in word else next(iter(args[i + 1 :]), "") for i, word in enumerate(args)]
+    configs = {i: _config(values[i]) for i, option in enumerate(options) if option in ("--config", "-c")}
     found = {}
     for key in KEYS:
-        sources = [source for i, word in enumerate(args) for source in _sources(args, i, word, key)]
+        sources = [
+            source
+            for i, option in enumerate(options)
+            if (source := _source(i, option, values[i], configs.get(i), key)) is not None
+        ]
         named = [source for source in sources if source.class_path is not None]
         if len({str(source.class_path).rpartition(".")[2] for source in named}) < 2:
             continue
         last = named[-1].place
         given = {name for source in sources if source.place >= last for name in source.names}
-        given |= {word.partition("=")[0].rpartition(".")[2] for word in args if word.startswith(f"--{key}.")}
+        given |= {option.rpartition(".")[2] for option in options if option.startswith(f"--{key}.")}
         # Should there be no command line without it, that is no reason to refuse this one.
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            before = parse(list(_without(args, key, last)))
+            before = parse(list(_without(args, key, {i: config for i, config in configs.items() if i >= last})))
             if sentence := _told(key, _section(before, key), _section(config, key), given):
                 found[key] = sentence
     return found
 
 
-def _sources(args: Sequence[str], index: int, word: str, key: str) -> list[Source]:
-    """Return what a word of a command line says of the class of a key, if it does."""
-    option, equals, value = word.partition("=")
-    value = value if equals else next(iter(args[index + 1 :]), "")
-    section: Any = None
+def _source(place: int, option: str, value: str, config: Any, key: str) -> Source | None:
+    """Return what an option says of the class of a key, or the config that it gives; none if that is nothing."""
+    section = _section(config, key)
     if option in (f"--{key}", f"--{key}.class_path"):
         section = _config(value) if value.startswith("{") else value
-    elif option in ("--config", "-c"):
-        section = _section(_config(value), key)
     if isinstance(section, str):
-        return [Source(index, section, set())]
+        return Source(place, section, set())
     if not isinstance(section, dict):
-        return []
-    return [Source(index, section.get("class_path"), set(section.get("init_args") or {}))]
+        return None
+    return Source(place, section.get("class_path"), set(section.get("init_args") or {}))
 
 
 def _config(value: str) -> Any:
@@ -95,19 +99,19 @@ def _section(config: Any, key: str) -> Any:
     return config
 
 
-def _without(args: Sequence[str], key: str, last: int) -> Iterable[str]:
-    """Yield a command line without a key, but for what configs before a word say of it."""
+def _without(args: Sequence[str], key: str, configs: dict[int, Any]) -> Iterable[str]:
+    """Yield a command line without a key, but for what other configs than these, by their places, say of it."""
     keep = True
     for i, word in enumerate(args):
-        option, equals, value = word.partition("=")
         if word.startswith("--") or word == "-c":
-            keep = not f"{option}.".startswith(f"--{key}.")
-            if i >= last and option in ("--config", "-c"):
-                keep, config = False, _config(value if equals else args[i + 1])
-                parent = _section(config, key.rpartition(".")[0]) if "." in key else config
-                if isinstance(parent, dict):
-                    parent.pop(key.rpartition(".")[2], None)
-                yield f"--config={yaml.safe_dump(config)}"
+            keep = i not in configs and not f"{word.partition('=')[0]}.".startswith(f"--{key}.")
+        if i in configs:
+            config = copy.deepcopy(configs[i])
+            section, _, name = key.rpartition(".")
+            parent = _section(config, section) if section else config
+            if isinstance(parent, dict):
+                parent.pop(name, None)
+            yield f"--config={yaml.safe_dump(config)}"
         if keep:
             yield word
 
