@@ -149,11 +149,12 @@ def _check_callbacks(trainer: pl.Trainer, module: ImageClassifier) -> None:
 
 def _try_sizes(module: ImageClassifier, data: ImageData) -> None:
     """Refuse images that the networks do not take, before there is a run."""
-    sizes = {"model.network": data.image_size}
+    sizes = {"": data.image_size}
     if data.small_epochs:
         sizes["data.small_size"] = data.small_size
-    for key, size in sizes.items():
-        for network in module.networks.values():
+    for of_size, size in sizes.items():
+        for prefix, network in module.networks.items():
+            key = of_size or f"model.{prefix or 'network.'}"[:-1]
             try:
                 with torch.no_grad():
                     logits = network.eval().forward(torch.zeros(1, 3, size, size))  # not as it may be compiled

@@ -84,7 +84,12 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"freeze_backbone: {freeze_backbone} is out of range: 0 or more epochs")
         if backbone_lr is not None and not 0 < backbone_lr < math.inf:
             raise ValueError(f"backbone_lr: {backbone_lr} is out of range: above 0")
-        classes = num_classes if selection is None else getattr(selection.network.head, "out_features", num_classes)
+        for key in (
+            k for k, given in {"freeze_backbone": freeze_backbone, "backbone_lr": backbone_lr}.items() if given
+        ):
+            if not hasattr(network, "head"):
+                raise ValueError(f"{key}: {type(network).__name__} has no head, which its last layer is to be called")
+        classes = getattr(getattr(selection and selection.network, "head", None), "out_features", num_classes)
         if classes != num_classes:
             raise ValueError(f"model.selection.network.num_classes: {classes}, but the data have {num_classes} classes")
         # On the command line, what is saved is the config of these, plain values; elsewhere it would be they.

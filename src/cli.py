@@ -53,7 +53,7 @@ from src.errors import Failure, Interrupted, UsageError, refuse
 from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
 from src.leftovers import leftovers
 from src.live.weights import LiveWeights, Version
-from src.messages import deepest_reason, full_key
+from src.messages import name_reason
 from src.options import DEFAULTS, EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
 from src.step_loop import StepLoop
 from src.trust import leaves, stored_config
@@ -223,10 +223,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            reason = deepest_reason(str(error))
-            name, colon, rest = reason.partition(": ")
-            key = full_key(name, self.config[self.subcommand].as_dict()) if colon and name.isidentifier() else name
-            raise UsageError(f"{key}{colon}{rest}") from error
+            raise UsageError(name_reason(str(error), self.config[self.subcommand].as_dict())) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer with the callbacks and the logger of the sub-command."""

@@ -69,12 +69,28 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
     return _flat(message)
 
 
-def deepest_reason(message: str) -> str:
-    """Return the reason inside a message in which the parser wraps what a constructor raised."""
+def name_reason(message: str, config: dict[str, Any]) -> str:
+    """Return why something could not be built, with its whole key.
+
+    Args:
+        message: Why; the parser wraps what a constructor raised.
+        config: What was to be built.
+    """
+    reason = _deepest_reason(message)
+    if made := re.match(r"Problem with given class_path '([^']+)': (.*)", reason):
+        key = next((key for key, text in _texts(config, ()) if text == made[1]), "")
+        return f"{key and f'{key}: '}{made[1]} could not be made: {made[2]}"
+    name, colon, rest = reason.partition(": ")
+    return f"{_full_key(name, config)}{colon}{rest}" if name.isidentifier() else reason
+
+
+def _deepest_reason(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     wrapping = ("Does not validate", "Subtypes:", "Errors:", "Expected a", "Given value", "")
     reasons = [line for line in lines if not line.startswith(wrapping[:-1]) and line]
-    return reasons[0] if reasons and message.startswith("Does not validate") else _flat(message)
+    if not reasons or not message.startswith("Does not validate"):
+        return _flat(message)
+    return " ".join(reasons[:2]) if reasons[0].endswith(":") else reasons[0]
 
 
 def _bad_value(key: str, detail: str) -> str:
@@ -213,20 +229,20 @@ def _locate(name: str, args: Sequence[str], configs: Sequence[str]) -> str:
     for option, value in pairwise(args):
         if option.startswith("--") and value.startswith(("[", "{")):
             with suppress(yaml.YAMLError):
-                key = full_key(name, {option.removeprefix("--").rstrip("+"): yaml.safe_load(value)})
+                key = _full_key(name, {option.removeprefix("--").rstrip("+"): yaml.safe_load(value)})
                 if key != name:
                     return key
     for text in configs:
-        key = full_key(name, yaml.safe_load(text))
+        key = _full_key(name, yaml.safe_load(text))
         if key != name:
             return key
     return name
 
 
-def full_key(name: str, config: Any) -> str:
+def _full_key(name: str, config: Any) -> str:
     """Return the dotted key, as it is typed, of the first setting called `name` in a config; `name` if there is none.
 
-    >>> full_key("dropout", {"model": {"network": {"class_path": "CNN", "init_args": {"dropout": 2}}}})
+    >>> _full_key("dropout", {"model": {"network": {"class_path": "CNN", "init_args": {"dropout": 2}}}})
     'model.network.dropout'
     """
 

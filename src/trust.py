@@ -117,6 +117,8 @@ def class_paths(config: Any, key: str = "") -> Iterator[str]:
 def check_content(path: Path, checkpoint: Any) -> None:
     """Refuse what is not of this project, and what Lightning would import a class for."""
     version = "pytorch-lightning_version"
+    if isinstance(checkpoint, dict) and "asked" in checkpoint and "config" not in checkpoint:
+        raise Failure(f"{path} has weights alone, as of save_weights_only, and no config that says what they are of")
     parts = {"state_dict": dict, "config": str, "loops": dict, "epoch": int, "global_step": int, version: str}
     if (
         not isinstance(checkpoint, dict)

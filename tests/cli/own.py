@@ -47,6 +47,25 @@ class Shallow(Network):
         return type(self).change(self.head(images.flatten(1)))  # type: ignore[no-any-return]
 
 
+class Unheaded(Network):
+    """A network whose last layer has another name."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.last = nn.Linear(3 * 8 * 8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.last(images.flatten(1))
+        return logits
+
+
+class Unready(Network):
+    """A network that forgets to call its base's constructor."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        self.head = nn.Linear(3 * 8 * 8, num_classes)
+
+
 class Simple(Network):
     """A network without arguments."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from src.classifier import ImageClassifier
@@ -86,6 +87,39 @@ def test_an_optimizer_that_does_not_call_its_closure_is_refused(
 ) -> None:
     words = [f"--model.optimizer={OWN}.{optimizer}", "--model.optimizer.lr=0.1"]
     assert refusal([*FIT, *words], capsys) == (2, f"model.optimizer: {line}\n")
+
+
+def test_a_network_without_a_head_learns_and_chooses_but_its_head_cannot_learn_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*FIT, f"--model.network={OWN}.Unheaded"]
+    for option in ("--model.freeze_backbone=1", "--model.backbone_lr=0.1"):
+        key = option[2:].partition("=")[0]
+        line = f"{key}: Unheaded has no head, which its last layer is to be called\n"
+        assert refusal([*words, option], capsys) == (2, line)
+    words.append(f"--model.selection.network={OWN}.Unheaded")
+    line = "model.selection.network: Unheaded gives [1, 10] for an image of 8 pixels; logits [1, 3] are due, one for "
+    assert refusal(words, capsys) == (2, f"{line}each class\n")
+    assert main([*words, "--model.selection.network.num_classes=3"]) == 0
+
+
+@pytest.mark.parametrize("key", ["model.network", "model.selection.network"])
+def test_a_network_that_cannot_be_made_is_named_with_its_key(capsys: pytest.CaptureFixture[str], key: str) -> None:
+    line = f"{key}: {OWN}.Unready could not be made: cannot assign module before Module.__init__() call\n"
+    assert refusal([*FIT, f"--{key}={OWN}.Unready"], capsys) == (2, line)
+    Path("own.yaml").write_text(yaml.safe_dump({key: {"class_path": f"{OWN}.Unready"}}))
+    assert refusal([*FIT, "--config=own.yaml"], capsys) == (2, line)
+
+
+def test_weights_alone_are_no_checkpoint_and_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    keeper = "{class_path: ModelCheckpoint, init_args: {save_weights_only: true, filename: alone}}"
+    assert main([*FIT, f"--trainer.callbacks+={keeper}"]) == 0
+    (path,) = RUNS.glob("version_0/checkpoints/alone.ckpt")
+    capsys.readouterr()
+    line = f"error: {path} has weights alone, as of save_weights_only, and no config that says what they are of\n"
+    for command in ("fit", "test"):
+        assert main([command, f"--ckpt_path={path}"]) == 1
+        assert capsys.readouterr().err == line
 
 
 def test_a_network_may_have_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
