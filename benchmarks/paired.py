@@ -38,7 +38,7 @@ Case = Callable[[int], Sample]
 """Measures once; is told the number of the round, from 0."""
 Samples = dict[str, list[Sample]]
 
-_TURN = "TURN_HELD"  # a process's own descriptor of the file $TURN, and when it waits no longer
+_TURN = "TURN_HELD"  # a process's own descriptor of the file $TURN, when it waits no longer, for how long it gives way
 
 
 class MissingError(Exception):
@@ -76,6 +76,7 @@ def process(
     terminal: bool = False,
     timeout: float = 3600,
     turn_within: float = 3600,
+    gives_way: float = 0.0,
 ) -> Sample:
     """Run a command to its end, in the root of the repository.
 
@@ -85,6 +86,7 @@ def process(
         terminal: Let its standard output be a terminal: there is a progress bar only in one.
         timeout: Seconds after which it is killed, with all that it started.
         turn_within: Seconds within which `my_turn` returns in it, at the latest.
+        gives_way: Seconds that `my_turn` leaves to others that wait already before it asks.
 
     Returns:
         ``process seconds`` from start to exit, ``processor seconds`` of all its threads, ``peak MB`` of memory, and
@@ -102,7 +104,7 @@ def process(
             termios.tcsetwinsize(theirs, (40, 140))
         hidden = ("COLUMNS", "NO_COLOR", "CI")
         turn = prepares()
-        inherits = {} if turn is None else {_TURN: f"{turn} {time.monotonic() + turn_within}"}
+        inherits = {} if turn is None else {_TURN: f"{turn} {time.monotonic() + turn_within} {gives_way}"}
         begun = time.perf_counter()
         child = subprocess.Popen(
             command,
@@ -189,9 +191,10 @@ def my_turn() -> Sample:
     """
     if _TURN not in os.environ:
         return {}
-    descriptor, end = os.environ.pop(_TURN).split()
+    descriptor, end, gives_way = os.environ.pop(_TURN).split()
     os.set_inheritable(int(descriptor), False)
     fcntl.flock(int(descriptor), fcntl.LOCK_UN)
+    time.sleep(float(gives_way))  # who prepares longest would else be first: the others ask every 20 ms
     while time.monotonic() < float(end):
         with suppress(BlockingIOError):
             fcntl.flock(int(descriptor), fcntl.LOCK_EX | fcntl.LOCK_NB)

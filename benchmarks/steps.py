@@ -206,8 +206,10 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
     """Train by the config, once for each seed, and test; time it by the clock of the speed-runs.
 
     Two runs to warm up: in the first torch compiles, in the second, when it is its turn (see
-    `benchmarks.paired.my_turn`), cuDNN tries its algorithms if it is told to.
+    `benchmarks.paired.my_turn`), cuDNN tries its algorithms if it is told to. It would keep those that it took in the
+    first, which go by heuristics: it is asked for other ones there, without TF32, which comes to the same in bfloat16.
     """
+    cudnn: Any = torch.backends.cudnn
     pixels, labels = (t[: None if o.steps is None else 500].to(DEVICE) for t in CIFAR10(root=o.root).load("test"))
     test = ResidentLoader(
         pixels, labels, torch.arange(len(labels)), o.eval_batch_size, Normalize(CIFAR10.mean, CIFAR10.std, DEVICE)
@@ -216,10 +218,13 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     prepare, load = ImageClassifier.prepare_data, CIFAR10.load
     parts: dict[Any, tuple[Tensor, Tensor]] = {}
+    digests: dict[Any, str] = {}
 
     def loaded(data: CIFAR10, part: Any) -> tuple[Tensor, Tensor]:
         if part not in parts:
             parts[part] = load(data, part)
+            digests.update(data.digests)
+        data.digests |= digests
         return parts[part]  # by all runs: loading is not in the clock
 
     def prepared(module: ImageClassifier) -> None:
@@ -242,10 +247,11 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     for number in [o.seed] * warm_ups + [o.seed + i for i in range(o.runs)]:
         warm_up = _warm_up(o) if len(runs) < warm_ups else []
-        if warm_up and not runs:
-            warm_up += ["--trainer.benchmark=false"]
-        else:
+        cudnn.allow_tf32 = bool(runs) or not warm_up
+        if cudnn.allow_tf32:
             alone |= my_turn()
+        else:
+            warm_up += ["--trainer.benchmark=false"]
         gc.unfreeze()
         gc.collect()  # what earlier runs have left: else it may be looked for while the clock runs
         gc.freeze()
@@ -253,6 +259,7 @@ def recipe(o: argparse.Namespace) -> dict[str, Any]:
             _fit(o, folder, f"--seed_everything={number}", *cut, last=warm_up)
         network, views = clock["module"].network.to(DEVICE).eval(), clock["module"].tta
         if warm_up:
+            cudnn.benchmark = False  # for the sizes of unsure images it would take longer than it can gain
             _meet_sizes(network, test)
         tested = _now()
         with_views = _accuracy(network, test, views)

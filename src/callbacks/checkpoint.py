@@ -19,7 +19,7 @@ from src.checkpoint_io import VerifiedCheckpointIO
 class Checkpoint(pl.callbacks.Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` in the run's folder.
 
-    The last is written at the end of each epoch, as often as asked for in between, and when a signal ends the run.
+    The last is written at the end of epochs, as often as asked for in between, and when the run ends.
 
     Args:
         monitor: What ``best`` means: the highest val/acc or the lowest val/loss. Without a val split the best
@@ -28,6 +28,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         every_n_steps: Optimizer steps from one ``last.ckpt`` to the next, at least 1; null: only by the epoch and
             the clock.
         every_n_minutes: Minutes from one ``last.ckpt`` to the next within an epoch, above 0; null: not by the clock.
+        every_n_epochs: Epochs from one at whose end ``last.ckpt`` is written to the next, at least 1. More than 1 is
+            for epochs that take less than some seconds: a save takes the host some milliseconds, and a GPU waits.
     """
 
     between_chunks = True
@@ -38,13 +40,16 @@ class Checkpoint(pl.callbacks.Checkpoint):
         mode: Literal["max", "min"] | None = None,
         every_n_steps: int | None = None,
         every_n_minutes: float | None = 5.0,
+        every_n_epochs: int = 1,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps: {every_n_steps} is out of range: at least 1, or null")
         if every_n_minutes is not None and not every_n_minutes > 0:
             raise ValueError(f"every_n_minutes: {every_n_minutes} is out of range: above 0, or null")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs: {every_n_epochs} is out of range: at least 1")
         self.monitor, self.mode = monitor, mode or ("min" if monitor == "val/loss" else "max")
-        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.every_n_steps, self.every_n_minutes, self.every_n_epochs = every_n_steps, every_n_minutes, every_n_epochs
         self.folder: Path | None = None
         self.best_score: float | None = None
         self._due = False
@@ -99,7 +104,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self._save(trainer, "last", "validated")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the last checkpoint."""
+        """Write the last checkpoint if it is due, or the fit ends here."""
+        if not (self._due or (trainer.current_epoch + 1) % self.every_n_epochs == 0 or _ends(trainer)):
+            return
         position: Position = "epoch" if trainer.fit_loop.epoch_loop._num_ready_batches_reached() else "cut short"
         self._save(trainer, "last", position)
         if not trainer.enable_validation and self.folder is not None:
@@ -155,6 +162,13 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._position = None
         if name == "last":
             self._due, self._saved_at = False, time.monotonic()
+
+
+def _ends(trainer: pl.Trainer) -> bool:
+    """Return whether the epoch that ends is the last."""
+    epochs, steps = trainer.current_epoch + 1, trainer.global_step
+    of_epochs = trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs
+    return trainer.should_stop or of_epochs or -1 != trainer.max_steps <= steps
 
 
 def position_of(trainer: pl.Trainer) -> Position:

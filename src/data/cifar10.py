@@ -11,7 +11,6 @@ import io
 import os
 import pickle
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -61,7 +60,9 @@ class CIFAR10(ImageData):
     def load(self, part: Part) -> tuple[Tensor, Tensor]:
         """Read, verify and parse the files of a part straight into one tensor."""
         kept = self._kept(part)
-        if (found := _recall(kept)) is not None and _digest(*found) == _CONTENT[part]:
+        ours = type(self).load is CIFAR10.load  # else who calls this may change what it returns
+        if (found := _recall(kept, _CONTENT[part])) is not None:
+            self.digests |= {part: _CONTENT[part]} if ours else {}
             return found
         files = _OFFICIAL.train_list if part == "train" else _OFFICIAL.test_list
         pixels = torch.empty((len(files) * _IMAGES_PER_FILE, 32, 32, 3), dtype=torch.uint8)
@@ -72,6 +73,7 @@ class CIFAR10(ImageData):
             pixels[span] = rows.view(-1, 3, 32, 32).permute(0, 2, 3, 1)
             labels[span] = classes
         if _digest(pixels, labels) == _CONTENT[part]:
+            self.digests |= {part: _CONTENT[part]} if ours else {}
             _keep(kept, pixels, labels)
         return pixels, labels
 
@@ -125,12 +127,13 @@ def _digest(pixels: Tensor, labels: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _recall(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Read what an earlier run has parsed, if it is there."""
+def _recall(path: Path, digest: str) -> tuple[Tensor, Tensor] | None:
+    """Read what an earlier run has parsed, if it is there and as it was."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["labels"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            found = torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["labels"])
+        return found if _digest(*found) == digest else None
+    except Exception:  # a damaged archive can raise almost anything; the official files are read instead
         return None
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from src.data.augment import Augmentation, Mixing
 from src.data.growth import EpochOrder, Event, Growth
 from src.data.order import batch_edges, batch_end, derive_seed, epoch_order, rank_slice
+from src.data.shrink import shrink
 from src.live.segments import Segment
 
 
@@ -219,7 +219,7 @@ class ResidentLoader:
         for augmentation, draw in zip(self.augment, self._draws, strict=True):
             pixels = augmentation.apply(pixels, draw.index_select(0, rows))
         if self.small_now:
-            pixels = resize(pixels.permute(0, 3, 1, 2), [self.small[1]] * 2).permute(0, 2, 3, 1)
+            pixels = shrink(pixels, self.small[1])
         return self.normalize(pixels), labels
 
     def _take(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,7 @@ class ImageData(pl.LightningDataModule):
         self._fed: list[list[Any]] = []
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._split: tuple[Tensor, Tensor] | None = None
+        self.digests: dict[Part, str] = {}
         self._fingerprint = ""
         self._hashing: threading.Thread | None = None
 
@@ -215,8 +216,8 @@ class ImageData(pl.LightningDataModule):
     def fingerprint(self) -> str:
         """The SHA-256 of the images and labels that training and validation draw from."""
         self._part("train")
-        assert self._hashing is not None
-        self._hashing.join()
+        if self._hashing is not None:
+            self._hashing.join()
         return self._fingerprint
 
     def sample(self, count: int) -> Tensor:
@@ -277,7 +278,9 @@ class ImageData(pl.LightningDataModule):
             if problem := self._problem_of(found):
                 raise UsageError(f"data: {type(self).__name__}.load returns {problem}")
             self._parts[part] = found
-            if part == "train":  # beside all else that is to be done before the first checkpoint asks for it
+            if part == "train" and part in self.digests:
+                self._fingerprint = self.digests[part]
+            elif part == "train":  # beside all else that is to be done before the first checkpoint asks for it
                 self._hashing = threading.Thread(target=self._hash, args=(self._parts[part],))
                 self._hashing.start()
         pixels, labels = self._parts[part]

@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 
 from src.optim.groups import as_groups
 
+_MOST_FILLED_UP = 1 << 25
+"""Numbers in all filter banks together, filled up to one shape, up to which they are taken together: 64 MB."""
+
 
 class Muon(Optimizer):
     """Muon for the weights of convolutions; Nesterov SGD for the head's matrix and for vectors (biases).
@@ -94,23 +97,60 @@ class Muon(Optimizer):
             torch._foreach_add_(buffers, gradients)
             updates = list(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
             if group["name"].endswith("filters"):
-                for p in members:
-                    p.mul_(len(p) ** 0.5 / p.norm())
+                scales = torch._foreach_reciprocal(torch._foreach_norm(members))
+                torch._foreach_mul_(scales, [len(p) ** 0.5 for p in members])
+                for p, scale in zip(members, scales, strict=True):
+                    p.mul_(scale)
                 updates = _directions(updates, group["ns_steps"])
             _descend(members, updates, group["lr"])
         return loss
 
 
 def _directions(updates: list[Tensor], steps: int) -> list[Tensor]:
-    """Return what `orthogonalize` makes of filter banks; on a GPU, of all of one shape at once."""
-    if not updates[0].is_cuda:
-        return [orthogonalize(u.reshape(len(u), -1), steps).view_as(u).to(u.dtype) for u in updates]
+    """Return what `orthogonalize` makes of filter banks."""
+    if updates[0].is_cuda:
+        return orthogonalize_together(updates, steps)
+    return [orthogonalize(u.reshape(len(u), -1), steps).view_as(u).to(u.dtype) for u in updates]
+
+
+def orthogonalize_together(banks: list[Tensor], steps: int) -> list[Tensor]:
+    """Return what `orthogonalize` makes of filter banks, in few pieces of work, which a GPU likes better.
+
+    Banks of all shapes are filled up with zeros to that of one matrix, if that does not make them very large: zeros
+    stay what they are, and change nothing.
+
+    Args:
+        banks: Filters ``[out, in, ...]``.
+        steps: Iterations.
+
+    Returns:
+        The same shapes and types, laid out as they were.
+    """
+    # In the order in which they lie in memory, which only swaps columns.
+    orders = [(0, 2, 3, 1) if _is_channels_last(bank) else tuple(range(bank.ndim)) for bank in banks]
+    laid_out = [bank.permute(order) for bank, order in zip(banks, orders, strict=True)]
+    matrices = [bank.reshape(len(bank), -1) for bank in laid_out]
+    matrices = [m.mT if len(m) > m.shape[1] else m for m in matrices]
+    rows, columns = (max(m.shape[i] for m in matrices) for i in (0, 1))
+    shapes = {m.shape for m in matrices} if len(matrices) * rows * columns > _MOST_FILLED_UP else {(rows, columns)}
     found: dict[int, Tensor] = {}
-    for shape in {u.shape: None for u in updates}:
-        places = [i for i, u in enumerate(updates) if u.shape == shape]
-        matrices = torch.stack([updates[i].reshape(len(updates[i]), -1) for i in places])
-        found |= zip(places, orthogonalize(matrices, steps), strict=True)
-    return [found[i].view_as(u).to(u.dtype) for i, u in enumerate(updates)]
+    for shape in shapes:
+        places = [i for i, m in enumerate(matrices) if len(shapes) == 1 or m.shape == shape]
+        filled = matrices[0].new_zeros((len(places), *shape), dtype=torch.bfloat16)
+        for i, part in zip(places, filled, strict=True):
+            part[: len(matrices[i]), : matrices[i].shape[1]] = matrices[i]
+        for i, part in zip(places, orthogonalize(filled, steps), strict=True):
+            found[i] = part[: len(matrices[i]), : matrices[i].shape[1]]
+    results = []
+    for i, (bank, order) in enumerate(zip(laid_out, orders, strict=True)):
+        matrix = found[i] if len(bank) == len(found[i]) else found[i].mT
+        result = matrix.to(bank.dtype).contiguous().reshape(bank.shape)
+        results.append(result.permute([order.index(axis) for axis in range(bank.ndim)]))
+    return results
+
+
+def _is_channels_last(bank: Tensor) -> bool:
+    return bank.ndim == 4 and bank.is_contiguous(memory_format=torch.channels_last)
 
 
 def _descend(parameters: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:

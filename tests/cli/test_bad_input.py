@@ -131,6 +131,7 @@ BAD_ARGUMENTS = [
     ),
     (["fit", "--checkpoint.every_n_steps", "0"], "checkpoint.every_n_steps: 0 is out of range: at least 1"),
     (["fit", "--checkpoint.every_n_steps", "-3"], "checkpoint.every_n_steps: -3 is out of range"),
+    (["fit", "--checkpoint.every_n_epochs", "0"], "checkpoint.every_n_epochs: 0 is out of range: at least 1"),
     (["fit", "--checkpoint.every_n_minutes", "0"], "checkpoint.every_n_minutes: 0.0 is out of range: above 0"),
     (["fit", "--checkpoint.every_n_minutes", ".nan"], "checkpoint.every_n_minutes: nan is out of range"),
     (["fit", "--guard.lr_factor", ".nan"], "guard.lr_factor: nan is out of range: above 0, up to 1"),

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torchvision.datasets import CIFAR10 as OFFICIAL
 
 from src.data import CIFAR10
 from src.data.cifar10 import parse_batch
+from src.data.module import Part
 from src.errors import Failure
 
 FOLDER, ARCHIVE = "cifar-10-batches-py", "cifar-10-python.tar.gz"
@@ -328,6 +330,24 @@ def test_what_was_parsed_is_kept_and_read_again(cifar_root: Path, tmp_path: Path
     again = CIFAR10(root=tmp_path, download=False).load("test")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_the_fingerprint_is_that_of_the_images_whoever_gives_them(
+    cifar_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(CIFAR10):
+        def load(self, part: Part) -> tuple[Tensor, Tensor]:
+            pixels, labels = super().load(part)
+            labels[0] = 9 - labels[0]
+            return pixels, labels
+
+    def sha256(data: CIFAR10) -> str:
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in data._part("train"))).hexdigest()
+
+    wrong, right = Wrong(root=cifar_root), CIFAR10(root=cifar_root)
+    assert wrong.fingerprint == sha256(wrong)
+    monkeypatch.setattr(CIFAR10, "_hash", None)  # it is known already: the files were checked by it
+    assert right.fingerprint == sha256(right) != wrong.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another image", "not an archive", "a pickle"])

@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from src.callbacks.checkpoint import Checkpoint
 from src.checkpoint_io import manifest
 from src.classifier import ImageClassifier
 from src.cli import main
@@ -243,6 +245,37 @@ def test_a_finished_run_can_be_made_longer(reference: Callable[[str], Path]) -> 
     assert batches(Path("log")) == batches(Path("longer"))
     # Their curves differ by a point: the first run's end is not at a multiple of 4 steps.
     assert_equal(load(RUN)["state_dict"], load(RUN.with_name("version_1"))["state_dict"], "weights")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--trainer.max_epochs=5"], [12, 24, 30]),
+        (["--trainer.max_epochs=5", "--checkpoint.every_n_epochs=7"], [30]),
+        (["--trainer.max_epochs=5", "--trainer.max_steps=21"], [12, 21]),
+        (["--trainer.max_epochs=5", "--checkpoint.every_n_steps=10"], [10, 12, 20, 24, 30]),
+        (["--trainer.max_epochs=5", "--checkpoint.every_n_steps=18"], [12, 18, 24, 30]),
+        (["--trainer.max_epochs=5", "--checkpoint.every_n_epochs=7", f"--trainer.callbacks={[HOPELESS]}"], [12]),
+        (["--trainer.max_epochs=3", "--data.val_size=0", "--trainer.limit_train_batches=6"], [12, 18]),
+    ],
+)
+def test_an_epochs_end_saves_every_so_often_and_always_where_the_fit_ends(
+    options: list[str], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = Checkpoint._save
+
+    def watched(self: Checkpoint, trainer: pl.Trainer, name: str, position: Any) -> None:
+        if name == "last":
+            saved.append(trainer.global_step)
+        save(self, trainer, name, position)
+
+    monkeypatch.setattr(Checkpoint, "_save", watched)
+    assert fit(*SMALL, "--checkpoint.every_n_epochs=2", *options).status == 0
+    assert saved == steps
+    assert manifest(LAST).step == steps[-1]
+    if "--data.val_size=0" in options:
+        assert manifest(LAST.with_name("best.ckpt")).step == steps[-1]
 
 
 def test_a_run_can_go_on_from_its_best_checkpoint_as_well(reference: Callable[[str], Path]) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.optim import Muon
-from src.optim.muon import orthogonalize
+from src.optim import Muon, muon
+from src.optim.muon import orthogonalize, orthogonalize_together
 
 
 def network() -> Any:
@@ -56,6 +56,23 @@ def test_many_updates_at_once_are_each_as_orthogonal_as_alone(shape: tuple[int, 
     together = orthogonalize(matrices, steps=3).float()
     for matrix, found in zip(matrices, together, strict=True):
         torch.testing.assert_close(found, orthogonalize(matrix, steps=3).float(), rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("most", [0, 1 << 25])
+def test_filter_banks_of_all_shapes_at_once_are_each_as_orthogonal_as_alone(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "_MOST_FILLED_UP", most)
+    torch.manual_seed(1)
+    shapes = [(8, 3, 3, 3), (24, 8, 3, 3), (30, 3, 2, 2), (24, 24, 3, 3), (24, 24, 3, 3), (9, 4, 5), (9, 36, 1, 1)]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        banks = [torch.randn(s).to(memory_format=layout if len(s) == 4 else torch.preserve_format) for s in shapes]
+        for bank, found in zip(banks, orthogonalize_together(banks, steps=3), strict=True):
+            assert (found.shape, found.dtype) == (bank.shape, torch.float32)
+            lies = [[step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1] for t in (found, bank)]
+            assert lies[0] == lies[1], "what is added to it must lie as it does: else it is slow"
+            alone = orthogonalize(bank.reshape(len(bank), -1), steps=3).float()
+            torch.testing.assert_close(found.reshape(len(bank), -1), alone, rtol=0.05, atol=0.03)
 
 
 def test_the_size_of_a_step_is_the_lr_whatever_the_loss_is_scaled_by() -> None:
