@@ -26,7 +26,8 @@ from src.trust import leaves
 
 # The least values of the Trainer's numbers that it does not check itself.
 _LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "gradient_clip_val": 0, "check_val_every_n_epoch": 1,
-          "max_epochs": -1, "max_steps": -1, "num_nodes": 1, "num_sanity_val_steps": -1}  # fmt: skip
+          "max_epochs": -1, "max_steps": -1, "min_epochs": 0, "min_steps": 0, "num_nodes": 1,
+          "num_sanity_val_steps": -1}  # fmt: skip
 
 # Callbacks that change a fit behind its back, so that its checkpoints do not say how to go on.
 _REFUSED: dict[type[pl.Callback], str] = {
@@ -70,6 +71,14 @@ def check_config(command: str, config: Namespace) -> str:
         value = trainer[name]
         if value is not None and not value >= least:
             raise UsageError(f"trainer.{name}: {value} is out of range: at least {least}")
+    interval = trainer.val_check_interval
+    if isinstance(interval, (int, float)) and not interval > 0:
+        raise UsageError(f"trainer.val_check_interval: {interval} is out of range: above 0")
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise UsageError(
+            "trainer.reload_dataloaders_every_n_epochs: leave it out: a loader draws each epoch anew by itself, and "
+            "holds what has been fed and steered"
+        )
     if "\0" in str(trainer.default_root_dir):
         raise UsageError("trainer.default_root_dir: no path has a NUL in it")
     accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"

@@ -246,6 +246,12 @@ class ImageClassifier(pl.LightningModule):
             if isinstance(config.scheduler, OneCycle):
                 config.scheduler.stretch(total_steps)
 
+    def plan(self, total_steps: int, left: int) -> None:
+        """Say, before a fit goes on, that it has another plan than it had until now; see `OneCycle.plan`."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, OneCycle):
+                config.scheduler.plan(total_steps, left)
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch; of this rank's images, their mean loss and logits.
 

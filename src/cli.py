@@ -52,6 +52,8 @@ from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError, refuse
 from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
 from src.leftovers import leftovers
+from src.live.journal import Journal
+from src.live.replay import names_of
 from src.live.weights import LiveWeights, Version
 from src.messages import name_reason
 from src.options import DEFAULTS, EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
@@ -81,6 +83,7 @@ class CLI(LightningCLI):
         self._words = args
         self.checkpoint: Path | None = None
         self.changes: dict[str, list[Any]] = {}
+        self.said: set[str] = set()
         self.resumed: Path | None = None
         self.leftovers: dict[str, str] = {}
         self.step = 0
@@ -163,6 +166,7 @@ class CLI(LightningCLI):
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
         refuse_linked(options, texts)
+        self.said = {option.removeprefix("--").rstrip("+").replace(".init_args", "") for option in options}
         where = args.index(command) + 1 if command in args else 0
         self.live = self.config[command].get("live")
         if look and ckpt_path is None and self.live is None:
@@ -188,7 +192,7 @@ class CLI(LightningCLI):
             args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)
             self.config[command].ckpt_path = str(self.checkpoint)
-            self._note_changes(stored, content["global_step"])
+            self._note_changes(stored, content)
         if command == "fit":
             now = self.config[command].as_dict()
             self.leftovers = leftovers(args, now, lambda words: parse(words)[command].as_dict())
@@ -200,17 +204,24 @@ class CLI(LightningCLI):
         if self.chosen:
             trainer.precision = default_precision(self.device)
 
-    def _note_changes(self, stored: dict[str, Any], step: int) -> None:
-        """Find what a resumed fit does otherwise than its run did, and whether it goes on in its run's folder."""
+    def _note_changes(self, stored: dict[str, Any], content: dict[str, Any]) -> None:
+        """Find what a resumed fit does otherwise than its run did, and whether it goes on in its run's folder.
+
+        What had been steered, and is said on the command line, is otherwise too, even if the config has it so.
+        """
         config = self.config[self.config.subcommand]
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.config.subcommand]
         before, now = dict(leaves(stored)), dict(leaves(resolved))
         keys = [key for key in {**before, **now} if key not in ("ckpt_path", "new_run")]
-        changes = {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k)}
-        self.changes = {k.replace("/init_args", "").replace("/", "."): v for k, v in changes.items()}
         assert self.checkpoint is not None
-        self.step = step
         folder = run_folder(self.checkpoint)
+        steered = {line["name"] for line in Journal(folder / "live" / "journal.jsonl").read()}
+        steered |= {"lr"} if content.get("lr_scale") != 1 else set()
+        dotted = {k: k.replace("/init_args", "").replace("/", ".") for k in keys}
+        undone = {k for k in keys if dotted[k] in self.said and names_of([dotted[k]]) & steered}
+        changes = {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k) or k in undone}
+        self.changes = {dotted[k]: v for k, v in changes.items()}
+        self.step = content["global_step"]
         elsewhere = config.trainer.default_root_dir != stored.get("trainer", {}).get("default_root_dir")
         if (folder / "config.yaml").is_file() and not (elsewhere or config.new_run):
             self.resumed = folder

@@ -99,8 +99,8 @@ def _bad_value(key: str, detail: str) -> str:
         return f"{key}: {found[1]} is not a {found[2]}{_choices(found[2])}"
     if found := re.search(r"Multiple subclasses with name (\w+)\. .*: (.*?)\.$", detail, re.MULTILINE):
         return f"{key}: there are several classes {found[1]}; give the import path of one: {found[2]}"
-    if found := re.search(r"Expected '([^']+)' to be a subclass of (?:Union\[)?([\w., ]+)", detail):
-        return f"{key}: {found[1]} is not a {found[2].rstrip('.').replace(', ', ' or ')}"
+    if found := re.search(r"Expected '([^']+)' to be a subclass of (?:Union\[)?([\w., |]+)", detail):
+        return f"{key}: {found[1]} is not a {re.sub(', | [|] ', ' or ', found[2].rstrip('.'))}"
     if value is not None and "expects a function or a callable class" in detail:
         named = re.match(r"Namespace\(class_path='([^']*)'", value)
         return _no_class(key, named[1] if named else value, detail)

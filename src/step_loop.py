@@ -355,6 +355,7 @@ def _inner_step(optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], torc
              optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)  # fmt: skip
     if any(hooks) or not getattr(wrapped, "hooked", False):
         return cast(Hook, optimizer.step)
+    optimizer._opt_called = True  # type: ignore[attr-defined] # else a schedule warns of a first step that it has not seen
     return partial(wrapped.__wrapped__, optimizer)
 
 

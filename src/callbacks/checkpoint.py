@@ -30,6 +30,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         every_n_minutes: Minutes from one ``last.ckpt`` to the next within an epoch, above 0; null: not by the clock.
         every_n_epochs: Epochs from one at whose end ``last.ckpt`` is written to the next, at least 1. More than 1 is
             for epochs that take less than some seconds: a save takes the host some milliseconds, and a GPU waits.
+
+    Attributes:
+        skipped: Whether the end of the last epoch was not saved.
     """
 
     between_chunks = True
@@ -52,6 +55,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.every_n_steps, self.every_n_minutes, self.every_n_epochs = every_n_steps, every_n_minutes, every_n_epochs
         self.folder: Path | None = None
         self.best_score: float | None = None
+        self.skipped = False
         self._due = False
         self._step = 0
         self._saved_at = 0.0
@@ -106,6 +110,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the last checkpoint if it is due, or the fit ends here."""
         if not (self._due or (trainer.current_epoch + 1) % self.every_n_epochs == 0 or _ends(trainer)):
+            self.skipped = True
             return
         position: Position = "epoch" if trainer.fit_loop.epoch_loop._num_ready_batches_reached() else "cut short"
         self._save(trainer, "last", position)
@@ -161,7 +166,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         trainer.save_checkpoint(self.folder / f"{name}.ckpt", weights_only=False)
         self._position = None
         if name == "last":
-            self._due, self._saved_at = False, time.monotonic()
+            self._due, self._saved_at, self.skipped = False, time.monotonic(), False
 
 
 def _ends(trainer: pl.Trainer) -> bool:
@@ -169,6 +174,11 @@ def _ends(trainer: pl.Trainer) -> bool:
     epochs, steps = trainer.current_epoch + 1, trainer.global_step
     of_epochs = trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs
     return trainer.should_stop or of_epochs or -1 != trainer.max_steps <= steps
+
+
+def start_of_epoch(trainer: pl.Trainer) -> Position | None:
+    """Return where a run stands before the first batch of an epoch; none if the end of the last has been saved."""
+    return "start" if any(c.skipped for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)) else None
 
 
 def position_of(trainer: pl.Trainer) -> Position:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from src.callbacks.lookahead import Lookahead
-from src.callbacks.resume import count_batches, total_steps
+from src.callbacks.resume import count_batches, planned_steps, total_steps
 from src.classifier import ImageClassifier
 from src.data.loader import ResidentLoader
 from src.data.order import batch_edges
@@ -89,12 +89,13 @@ def _lr_problem(groups: list[dict[str, Any]]) -> Callable[[Any], str | None]:
 
 
 def _size_problem(trainer: pl.Trainer, loader: ResidentLoader, value: Any) -> str | None:
-    if problem := _problem(Bound(trainer.world_size, len(loader.ids) + 1), value, whole=True):
+    most = len(loader.ids) + (0 if loader.growth is None else loader.growth.room)
+    if problem := _problem(Bound(trainer.world_size, most + 1), value, whole=True):
         return problem
     limit: Any = trainer.limit_train_batches
     if isinstance(limit, float) and limit < 1:
         return "cannot be: trainer.limit_train_batches is a share of the batches"
-    interval: Any = trainer.val_check_interval
+    interval = getattr(trainer, "val_check_interval", None)  # not there where it is a time
     batches = len(batch_edges(len(loader.ids), value, trainer.world_size)) - 1
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and batches < interval:
         return f"leaves {batches} batches of an epoch, fewer than trainer.val_check_interval, {interval}"
@@ -171,6 +172,19 @@ def set_total_steps(trainer: pl.Trainer, module: ImageClassifier) -> None:
     if steps is None:
         return
     module.set_total_steps(steps)
+    _tell_lookaheads(trainer, steps)
+
+
+def plan(trainer: pl.Trainer, module: ImageClassifier) -> None:
+    """Tell all that go by the length of the run of another plan for it, as a run that goes on may have."""
+    total, planned = total_steps(trainer), planned_steps(trainer)
+    if total is None or planned is None:
+        return
+    module.plan(planned, total - trainer.global_step)
+    _tell_lookaheads(trainer, total)
+
+
+def _tell_lookaheads(trainer: pl.Trainer, steps: int) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
         if isinstance(callback, Lookahead):
             callback.set_total_steps(steps)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from src.data import ImageData
 from src.data.loader import ResidentLoader
@@ -23,9 +24,9 @@ from src.data.order import derive_seed
 from src.errors import Failure
 from src.live.journal import Journal
 
-Position = Literal["batch", "validated", "validation", "epoch", "cut short"]
+Position = Literal["batch", "validated", "validation", "epoch", "cut short", "start"]
 """Where a run is saved: after a batch; after the validation that followed one; before that validation; after all that
-an epoch does; or after an epoch that ``max_steps`` has cut short."""
+an epoch does; after an epoch that ``max_steps`` has cut short; or before the first batch of an epoch."""
 
 _SEEDS = 64
 _CUT = ("data.val_size", "train_fraction", "samples_per_class", "split_seed")
@@ -117,13 +118,22 @@ class Resume(pl.Callback):
         elif device.type == "mps":
             self._reseeds.append(torch.mps.manual_seed)
         if self._start:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
+                if isinstance(callback, GradientAccumulationScheduler):  # Lightning calls it at an epoch's start alone
+                    callback.on_train_epoch_start(trainer)
             loader = trainer.train_dataloader
             assert isinstance(loader, ResidentLoader)
             self._check_place(loader.count)
             done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            every = trainer.accumulate_grad_batches
             count_batches(trainer, done + loader.batches_from(self._start))
             if done < trainer.num_training_batches:
                 loader.start_at(self._start)
+                if done % every and trainer.is_global_zero:
+                    sys.stdout.write(
+                        f"note: it goes on in the middle of a step, without the gradients of {done % every} of its "
+                        f"{every} batches: this is not the run that was stopped, to the last bit\n"
+                    )
             else:
                 loader.drawn = self._start  # only the validation at the end of the epoch is left
 
@@ -186,19 +196,29 @@ def total_steps(trainer: pl.Trainer) -> int | None:
 
     Called between two steps; none for a run whose end is not known.
     """
-    loader, loop = trainer.train_dataloader, trainer.fit_loop
-    assert isinstance(loader, ResidentLoader)
-    every = trainer.accumulate_grad_batches
-    left = trainer.num_training_batches - loop.epoch_loop.batch_progress.current.ready
-    limit: int | float = trainer.limit_train_batches
-    whole = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
-    ends = [float("inf"), float("inf")]
+    every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    ends = [] if trainer.max_steps == -1 else [trainer.max_steps]
     if trainer.max_epochs not in (None, -1):
         epochs = max(trainer.max_epochs - trainer.current_epoch - 1, 0)
-        ends[0] = trainer.global_step + math.ceil(left / every) + epochs * math.ceil(whole / every)
-    if trainer.max_steps != -1:
-        ends[1] = trainer.max_steps
-    return None if min(ends) == float("inf") else int(min(ends))
+        left = 0 if done >= batches else math.ceil(batches / every) - done // every
+        ends.append(int(trainer.global_step + left + epochs * _steps_of_epoch(trainer)))
+    return min(ends, default=None)
+
+
+def planned_steps(trainer: pl.Trainer) -> int | None:
+    """Return how many optimizer steps a run would take that was from its start as this one is now."""
+    ends = [] if trainer.max_steps == -1 else [trainer.max_steps]
+    if trainer.max_epochs not in (None, -1):
+        ends.append(trainer.max_epochs * _steps_of_epoch(trainer))
+    return min(ends, default=None)
+
+
+def _steps_of_epoch(trainer: pl.Trainer) -> int:
+    loader, limit = trainer.train_dataloader, trainer.limit_train_batches
+    assert isinstance(loader, ResidentLoader)
+    batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def mark_position(checkpoint: dict[str, Any], position: Position) -> None:
@@ -210,10 +230,11 @@ def mark_position(checkpoint: dict[str, Any], position: Position) -> None:
     """
     loops = checkpoint["loops"]["fit_loop"]
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
-    if position == "epoch":
-        checkpoint["epoch"] = epochs["current"]["ready"]
+    if position in ("epoch", "start"):
+        done = "ready" if position == "epoch" else "completed"
+        checkpoint["epoch"] = epochs["current"][done]
         for counts in (epochs["current"], epochs["total"]):
-            counts |= dict.fromkeys(counts, counts["ready"])
+            counts |= dict.fromkeys(counts, counts[done])
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
     elif position == "cut short":

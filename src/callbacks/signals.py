@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 
-from src.callbacks.checkpoint import Checkpoint, validation_follows
+from src.callbacks.checkpoint import Checkpoint, start_of_epoch, validation_follows
 from src.callbacks.record import option_of_own
 from src.callbacks.resume import Position
 from src.errors import Interrupted
@@ -31,7 +31,6 @@ class Signals(pl.Callback):
         self.received = 0
         self._terminals = [output for output in (1, 2) if os.isatty(output)]
         self._launcher: Any = None
-        self._step = 0
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen; Lightning's own handlers would end the run without a checkpoint and with exit status 0."""
@@ -40,20 +39,18 @@ class Signals(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen."""
         self._listen(trainer)
-        self._step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End between two epochs: the last one's end has been saved."""
+        """End between two epochs."""
         if trainer.global_step and self._asked(trainer):
-            self.leave(trainer, None)
+            self.leave(trainer, start_of_epoch(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End after a step; its epoch's end, if nothing else is left to do, comes first."""
-        if trainer.global_step == self._step:  # gradients are being accumulated
+        if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        self._step = trainer.global_step
         if self._asked(trainer) and not 0 <= trainer.max_steps <= trainer.global_step:
             if validation_follows(trainer):
                 self.leave(trainer, "validation")

@@ -15,10 +15,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from src.callbacks.checkpoint import Checkpoint
-from src.callbacks.controls import controls_of, set_total_steps, snapshot
+from src.callbacks.checkpoint import Checkpoint, start_of_epoch
+from src.callbacks.controls import controls_of, plan, set_total_steps, snapshot
 from src.callbacks.feeding import Feeding
-from src.callbacks.resume import Position, data_of
+from src.callbacks.resume import Position, data_of, total_steps
 from src.callbacks.signals import Signals
 from src.checkpoint_io import manifest
 from src.classifier import ImageClassifier
@@ -61,24 +61,29 @@ class Steering(pl.Callback):
     ) -> None:
         self.takes_commands, self.replay = takes_commands, replay
         self._said = names_of(changes)
+        self._replanned = any(key.startswith(("data.", "trainer.")) for key in changes)
         self._signals, self._latest, self._feeding = signals, latest, feeding
         self._steered: dict[str, Any] = {}
         self._start: tuple[int, set[str]] | None = None
         self._done: list[str] = []
         self._done_step = 0
         self._resized = False
+        self._total_steps: int | None = None
         self._script: list[Intervention] = []
         self._inbox: Inbox | None = None
         self._journal: Journal | None = None
         self._controls: dict[str, Control] = {}
         self._paused = False
+        self._shown: tuple[int, str] = (-1, "")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what has been steered, and which commands have been done since this very step."""
         done = self._done if self._done_step == trainer.global_step else []
-        checkpoint["steering"] = {"values": dict(self._steered), "done": list(done), "resized": self._resized}
+        steps = None if trainer.train_dataloader is None else total_steps(trainer)
+        values = {"values": dict(self._steered), "done": list(done), "resized": self._resized, "total_steps": steps}
+        checkpoint["steering"] = values
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -89,7 +94,7 @@ class Steering(pl.Callback):
         found, data = checkpoint["steering"], data_of(trainer)
         self._done, self._done_step = [str(id) for id in found["done"]], checkpoint["global_step"]
         self._start = self._done_step, set(self._done)
-        self._resized = bool(found["resized"])
+        self._resized, self._total_steps = bool(found["resized"]), found.get("total_steps")
         self._steered = {k: v for k, v in found["values"].items() if k in _STEERED and k not in self._said}
         if "batch_size" in self._steered:
             size = self._steered["batch_size"]
@@ -97,6 +102,17 @@ class Steering(pl.Callback):
             if type(size) is not int or not trainer.world_size <= size <= most:
                 raise Failure(f"ckpt_path: the checkpoint's batch_size, {size}, is none that the data has images for")
             data.batch_size = size
+        assert isinstance(pl_module, ImageClassifier)
+        self._undo(checkpoint["optimizer_states"][0]["param_groups"], pl_module)
+
+    def _undo(self, groups: list[dict[str, Any]], module: ImageClassifier) -> None:
+        """Give an optimizer what the command line says, whatever had been steered; its changes are there already."""
+        for group, asked in zip(groups, module.asked(), strict=True):
+            group |= {name: value for name, value in asked.items() if name in self._said and name != "lr"}
+        if "lr" in self._said and module.lr_scale != 1:
+            for group, lr in zip(groups, module.schedule_lrs, strict=True):
+                group["lr"] = lr
+            module.lr_scale, module.schedule_lrs = 1.0, []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learn what is to be done again, and begin to take commands."""
@@ -107,7 +123,10 @@ class Steering(pl.Callback):
                 raise Failure(f"ckpt_path: the checkpoint's {name} {value} {problem}")
             if name != "batch_size":
                 self._controls[name].write(value)
-        if self._resized:
+        if self._replanned and self._total_steps not in (None, total_steps(trainer)):
+            self._resized = True
+            plan(trainer, pl_module)
+        elif self._resized:
             set_total_steps(trainer, pl_module)
         folder = trainer.log_dir  # asked for on all ranks: it is broadcast
         kept = bool(trainer.loggers) and folder is not None and not trainer.fast_dev_run  # type: ignore[attr-defined] # set outside of __init__
@@ -318,7 +337,7 @@ class Steering(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, trainer.global_step)
         text = ", ".join(f"{name} {_text(old)} -> {_text(new)}" for name, (old, new) in changes.items())
-        _show(trainer, f"{text} ({actor})")
+        self._show(trainer, f"{text} ({actor})")
         return changes
 
     def _evaluate(
@@ -345,7 +364,7 @@ class Steering(pl.Callback):
             self._record(trainer, kind, [{"effective": effective}], actor, id, journaled)
         except OSError as error:
             raise Refusal(f"{kind}: it cannot be journaled ({error.strerror})") from error
-        _show(trainer, f"{kind} ({actor})")
+        self._show(trainer, f"{kind} ({actor})")
 
     def _record(
         self,
@@ -372,6 +391,22 @@ class Steering(pl.Callback):
             self._done, self._done_step = [], trainer.global_step
         self._done.append(id)
 
+    def _show(self, trainer: pl.Trainer, text: str) -> None:
+        """Tell in the terminal and in TensorBoard what has been done."""
+        if not trainer.is_global_zero:
+            return
+        encoding = sys.stdout.encoding or "utf-8"  # which may not have all that is in a name
+        shown, step = text if text.isprintable() else ascii(text), trainer.global_step
+        line = f"step {step}: {shown}".encode(encoding, "backslashreplace").decode(encoding)
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.save()
+            if step == self._shown[0]:  # TensorBoard shows one text a step
+                shown = f"{self._shown[1]}  \n{shown}"
+            self._shown = step, shown
+            trainer.logger.experiment.add_text("steer", shown, step)
+
     def _status(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Return what `status` is answered with; called off the training thread."""
         waiting = len(self._inbox.waiting) if self._inbox is not None else 0
@@ -385,23 +420,9 @@ class Steering(pl.Callback):
         }
 
 
-def _show(trainer: pl.Trainer, text: str) -> None:
-    """Tell in the terminal and in TensorBoard what has been done."""
-    if not trainer.is_global_zero:
-        return
-    encoding = sys.stdout.encoding or "utf-8"  # which may not have all that is in a name
-    shown = text if text.isprintable() else ascii(text)
-    line = f"step {trainer.global_step}: {shown}".encode(encoding, "backslashreplace").decode(encoding)
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-    if isinstance(trainer.logger, TensorBoardLogger):
-        trainer.logger.save()
-        trainer.logger.experiment.add_text("steer", shown, trainer.global_step)
-
-
 def _position(trainer: pl.Trainer) -> Position | None:
-    """Return where the run stands between two steps; at the start of an epoch, the end of the last has been saved."""
-    return "validated" if trainer.fit_loop.epoch_loop.batch_progress.current.ready else None
+    """Return where the run stands between two steps; none if that has been saved."""
+    return "validated" if trainer.fit_loop.epoch_loop.batch_progress.current.ready else start_of_epoch(trainer)
 
 
 def _text(value: Any) -> str:

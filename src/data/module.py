@@ -192,6 +192,8 @@ class ImageData(pl.LightningDataModule):
     def _draw_split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         count = len(labels)
         val_count = round(self.val_size * count) if isinstance(self.val_size, float) else self.val_size
+        if self.val_size and not val_count:
+            raise UsageError(f"data.val_size: {self.val_size} of {count} images is none; give 0, or more")
         if val_count >= count:
             raise UsageError(f"data.val_size: {val_count} leaves nothing to train on: the train set has {count} images")
         val, train = stratified_split(labels, val_count, self.split_seed, "val")

@@ -80,10 +80,10 @@ def fed_facts(line: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def names_of(changes: Any) -> set[str]:
-    """Return what steering calls the values of a config that has been changed, by dotted keys."""
+def names_of(keys: Any) -> set[str]:
+    """Return what steering calls some values of a config, by dotted keys."""
     found = set()
-    for key in changes if isinstance(changes, dict) else ():
+    for key in keys if isinstance(keys, Collection) else ():
         parent, _, name = str(key).rpartition(".")
         if key in _KEYS or (parent == "model.optimizer" and name != "batch_size"):
             found.add(name)

@@ -61,6 +61,19 @@ class OneCycle(LRScheduler):
         now = float(self.last_epoch)
         self._bend = now, self._place(now), float(total_steps)
 
+    def plan(self, total_steps: int, left: int) -> None:
+        """Say, before a run goes on, that it has another plan than it had until now.
+
+        The lr is then that of this plan where as much of the run is left.
+
+        Args:
+            total_steps: Steps of a run that has this plan from its start.
+            left: Steps that this run has left.
+        """
+        now, place = float(self.last_epoch), float(max(total_steps - left, 0))
+        self._bend = None if place == now else (now, place, now + left)
+        self.set_total_steps(total_steps)
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the schedule is. What it looks like comes from its arguments, which may change on resume."""
         state = {"last_epoch": self.last_epoch, "_step_count": self._step_count}

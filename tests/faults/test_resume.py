@@ -47,6 +47,12 @@ HOPELESS = {  # no epoch is ever good enough: it stops after the second
 }
 
 
+GATHERING = {  # each step of the first epoch has a batch of its own, those of the later ones gather three
+    "class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+    "init_args": {"scheduling": {0: 1, 1: 3}},
+}
+
+
 def schedule(name: str, **settings: object) -> list[str]:
     options = [f"--model.lr_scheduler.{key}={value}" for key, value in settings.items()]
     return [f"--model.lr_scheduler=torch.optim.lr_scheduler.{name}", *options]
@@ -66,6 +72,13 @@ RECIPES: dict[str, list[str]] = {
     "validate_often": ["--trainer.val_check_interval=2"],
     "validate_rarely": ["--trainer.check_val_every_n_epoch=2"],
     "no_validation": ["--data.val_size=0", "--data.batch_size=20"],
+    "accumulate_in_chunks": [
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.val_check_interval=5",
+        "--chunk_size=4",
+    ],
+    "scheduled": ["--trainer.max_epochs=3"],
+    "saved_rarely": ["--checkpoint.every_n_epochs=3", "--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"],
     "max_steps": [ONE_CYCLE, "--trainer.max_steps=9"],
     "averaged": [ONE_CYCLE],
     "lookahead": [ONE_CYCLE],
@@ -85,6 +98,7 @@ CALLBACKS: dict[str, list[dict[str, Any]]] = {
     "lookahead_accumulated": [LOOKAHEAD],
     "selection": [LOOKAHEAD],
     "early_stopping": [HOPELESS],
+    "scheduled": [GATHERING],
 }
 
 STOPS = [
@@ -102,6 +116,9 @@ STOPS = [
     ("accumulate", "val 2, train 2"),
     ("accumulate_and_validate", "val 1"),  # half of the second step's gradients are there
     ("accumulate_and_validate", "train 2"),
+    ("accumulate_in_chunks", "train 1"),  # its chunk ends with half of a step's gradients
+    ("scheduled", "train 6"),
+    ("saved_rarely", "train 5, train 11"),  # between two epochs, of which the first has not been saved
     ("plateau", "val 12, train 12"),
     ("schedule_of_torch", "train 3"),
     ("frozen", "train 3"),
@@ -276,6 +293,45 @@ def test_an_epochs_end_saves_every_so_often_and_always_where_the_fit_ends(
     assert manifest(LAST).step == steps[-1]
     if "--data.val_size=0" in options:
         assert manifest(LAST.with_name("best.ckpt")).step == steps[-1]
+
+
+def test_a_checkpoint_from_the_middle_of_a_step_says_what_is_missing() -> None:
+    words = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5", "--checkpoint.mode=min"]
+    # Half of the gradients are there when it validates, and with the least accuracy that first score stays the best.
+    assert fit(*SMALL, *words, "--trainer.max_epochs=1", "--model.optimizer.lr=0").status == 0
+    best = LAST.with_name("best.ckpt")
+    assert manifest(best).step == 2
+    done = fit("--ckpt_path", best, "--new_run=true")
+    said = "note: it goes on in the middle of a step, without the gradients of 1 of its 2 batches: this is not the run"
+    assert done.status == 0
+    assert said in done.out
+    done = fit("--ckpt_path", best, "--new_run=true", "--trainer.accumulate_grad_batches=5")
+    assert "note" not in done.out, "five batches are there: a step begins"
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ("--data.batch_size=20", 6),  # epochs of 3 steps
+        ("--data.batch_size=5", 22),  # of 11
+        ("--trainer.accumulate_grad_batches=3", 4),
+        ("--trainer.max_epochs=8", 12),
+    ],
+)
+def test_a_schedule_goes_on_where_as_much_of_the_run_is_left_whatever_its_steps_are_from_then_on(
+    change: str, place: int
+) -> None:
+    options = ["--trainer.max_epochs=4", ONE_CYCLE, "--model.lr_scheduler.pct_start=0"]
+    look = {"class_path": "src.callbacks.lookahead.Lookahead"}
+    assert fit(*SMALL, *options, *probed(Path("log"), "val 12", look)).status == 143
+    assert fit("--ckpt_path", LAST, *probed(Path("log"), "", look), change).status == 0
+    lrs = [lr for _, lr in sorted(curves(RUN)["lr"])]
+    Path("plain").mkdir()
+    whole = ["--trainer.default_root_dir=plain", change]
+    assert fit(*SMALL, *options, *whole).status == 0
+    plain = [lr for _, lr in sorted(curves(Path("plain") / RUN)["lr"])]
+    assert lrs[12:] == pytest.approx(plain[place:])
+    assert fit("--ckpt_path", LAST, *probed(Path("log"), "", look)).status == 0, "and again: nothing is left"
 
 
 def test_a_run_can_go_on_from_its_best_checkpoint_as_well(reference: Callable[[str], Path]) -> None:

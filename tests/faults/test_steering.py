@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.checkpoint_io import commit, serialize
 from src.live.journal import Journal
@@ -155,6 +156,15 @@ def test_an_lr_that_is_steered_rebases_the_schedule() -> None:
     assert load(RUN)["lr_scale"] == pytest.approx(ratio)
 
 
+def test_tensorboard_shows_all_that_was_done_at_a_step() -> None:
+    commands: Script = {3: [{"set": {"lr": 0.01}}, {"do": "evaluate"}, {"set": {"momentum": 0.5}}]}
+    steered(commands=commands, crashes=[])
+    events = EventAccumulator(str(RUN)).Reload()
+    assert "steer/text_summary" in events.Tags()["tensors"]
+    text = events.Tensors("steer/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text == "lr 0.02 -> 0.01 (test)  \nevaluate (test)  \nmomentum 0.9 -> 0.5 (test)"
+
+
 def test_a_batch_size_that_is_steered_neither_repeats_nor_loses_an_image() -> None:
     SCRIPT.write_text(json.dumps({"commands": {2: [{"set": {"batch_size": 7}}], 5: [{"set": {"batch_size": 1}}]},
                                   "crashes": []}))  # fmt: skip
@@ -165,6 +175,37 @@ def test_a_batch_size_that_is_steered_neither_repeats_nor_loses_an_image() -> No
         ids = [line[3] for line in log if line[1] == epoch]
         assert list(map(len, ids)) == sizes
         assert len({i for of_batch in ids for i in of_batch}) == 55
+
+
+def test_a_run_whose_batch_size_was_steered_can_be_made_longer() -> None:
+    options = [*RECIPES["one_cycle"], "--model.lr_scheduler.pct_start=0"]
+    steered(*options, commands={3: [{"set": {"batch_size": 5}}]}, crashes=[])
+    SCRIPT.unlink()
+    assert fit("--ckpt_path", LAST, "--trainer.max_epochs=4", *with_steerer()).status == 0
+    lrs = [lr for _, lr in sorted(curves(RUN)["lr"])]
+    Path("plain").mkdir()
+    longer = ["--data.batch_size=5", "--trainer.max_epochs=4", "--trainer.default_root_dir=plain"]
+    assert fit(*SMALL, *options, *longer).status == 0
+    plain = [lr for _, lr in sorted(curves(Path("plain") / RUN)["lr"])]
+    assert lrs[-22:] == pytest.approx(plain[-22:]), "the two epochs that were added"
+
+
+def test_an_option_undoes_what_was_steered_though_the_config_has_it_so() -> None:
+    values = {"lr": 0.04, "momentum": 0.5, "batch_size": 20, "label_smoothing": 0.1, "weight_decay": 0.01}
+    with pytest.raises(CrashError):
+        SCRIPT.write_text(json.dumps({"commands": {2: [{"set": values}], 3: [{"set": values}]}, "crashes": [4]}))
+        fit(*SMALL, "--checkpoint.every_n_steps=3", "--model.optimizer.lr=0.02", *with_steerer())
+    SCRIPT.unlink()
+    same = ["--model.optimizer.momentum=0.9", "--data.batch_size=10", "--model.label_smoothing=0"]
+    done = fit("--ckpt_path", LAST, *same, "--model.optimizer.lr=0.02", "--trainer.max_steps=6", *with_steerer())
+    assert done.status == 0, done
+    (group, _), checkpoint = load(RUN)["optimizer_states"][0]["param_groups"], load(RUN)
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, 0.9, 0.01)
+    assert checkpoint["lr_scale"] == 1
+    assert "batch_size" not in checkpoint["steering"]["values"]
+    assert "label_smoothing" not in checkpoint["steering"]["values"]
+    done = fit("--ckpt_path", LAST, "--model.optimizer.lr=0.05", "--trainer.max_steps=7", *with_steerer())
+    assert load(RUN)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.05)
 
 
 def test_what_the_command_line_says_beats_what_was_steered() -> None:
@@ -181,13 +222,13 @@ def test_what_the_command_line_says_beats_what_was_steered() -> None:
     assert load(RUN)["global_step"] == 6 + 1 + 5, "6 steps took 45 images: 10 are left; then an epoch of 55 in elevens"
 
 
-def test_a_stop_saves_and_says_how_to_go_on() -> None:
-    done = steered(commands={3: [{"do": "stop"}]}, crashes=[])
-    assert (
-        done.err
-        == f"stopped by steer at step 3; go on with: python -m src fit --config {RUN}/config.yaml --ckpt_path {LAST}\n"
-    )
-    assert load(RUN)["global_step"] == 3
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_stop_saves_and_says_how_to_go_on(step: int) -> None:
+    SCRIPT.write_text(json.dumps({"commands": {step: [{"do": "stop"}]}, "crashes": []}))
+    done = fit(*SMALL, "--checkpoint.every_n_epochs=2", *with_steerer())
+    command = f"python -m src fit --config {RUN}/config.yaml --ckpt_path {LAST}"
+    assert done.err == f"stopped by steer at step {step}; go on with: {command}\n"
+    assert load(RUN)["global_step"] == step
     SCRIPT.unlink()
     assert fit("--ckpt_path", LAST, *with_steerer()).status == 0
     Path("quiet").mkdir()
