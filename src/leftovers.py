@@ -2,7 +2,8 @@
 
     python -m src fit --config configs/cifar10.yaml --model.optimizer torch.optim.AdamW
 
-The parser leaves it all arguments that both have: here the lr of SGD, fifty times that of AdamW. So it is told.
+The parser leaves it all arguments that both have: here the lr of SGD, fifty times that of AdamW. So it is told. The
+optimizer that trains where no config names one is replaced in the same way.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import yaml
 
 KEYS = ("data", "model.network", "model.optimizer", "model.lr_scheduler")
+_OF_DEFAULT = {"lr", "momentum", "nesterov", "weight_decay"}
+"""What the optimizer that nobody names is given, see `ImageClassifier`: it leaves that to one that somebody does."""
 _EMPTY = inspect.Parameter.empty
 
 Config = dict[str, Any]
@@ -59,17 +62,26 @@ def leftovers(args: Sequence[str], config: Config, parse: Callable[[list[str]], 
             if (source := _source(i, option, values[i], configs.get(i), key)) is not None
         ]
         named = [source for source in sources if source.class_path is not None]
-        if len({str(source.class_path).rpartition(".")[2] for source in named}) < 2:
+        classes = {str(source.class_path).rpartition(".")[2] for source in named}
+        default = set() if not named or key != "model.optimizer" else {"SGD"}
+        if len(classes | default) < 2:
             continue
         last = named[-1].place
         given = {name for source in sources if source.place >= last for name in source.names}
         given |= {option.rpartition(".")[2] for option in options if option.startswith(f"--{key}.")}
+        if len(classes) < 2 and not (_names(config, key) & _OF_DEFAULT) - given:
+            continue  # to parse it once more takes time
         # Should there be no command line without it, that is no reason to refuse this one.
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
             before = parse(list(_without(args, key, {i: config for i, config in configs.items() if i >= last})))
             if sentence := _told(key, _section(before, key), _section(config, key), given):
                 found[key] = sentence
     return found
+
+
+def _names(config: Config, key: str) -> set[str]:
+    """Return the arguments of the class of a key."""
+    return set((_section(config, key) or {}).get("init_args") or {})
 
 
 def _source(place: int, option: str, value: str, config: Any, key: str) -> Source | None:

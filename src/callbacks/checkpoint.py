@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from filelock import FileLock, Timeout
 
+from src.callbacks.record import RunLogger
 from src.callbacks.resume import Position, mark_position
 from src.checkpoint_io import VerifiedCheckpointIO
+from src.errors import Failure
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
@@ -56,6 +59,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.folder: Path | None = None
         self.best_score: float | None = None
         self.skipped = False
+        self._lock: FileLock | None = None
         self._due = False
         self._step = 0
         self._saved_at = 0.0
@@ -72,6 +76,31 @@ class Checkpoint(pl.callbacks.Checkpoint):
         folder = trainer.log_dir or trainer.default_root_dir  # asked for on all ranks: it is broadcast
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
             self.folder = Path(folder) / "checkpoints"
+            if trainer.is_global_zero and not isinstance(trainer.logger, RunLogger):  # whose folder no other run has
+                self._take_folder(self.folder)
+
+    def _take_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock")
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise Failure(
+                f"{folder}: another process keeps its checkpoints there; name another place: "
+                f"--trainer.default_root_dir DIR"
+            ) from error
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the folder to others."""
+        self._leave_folder()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the folder to others."""
+        self._leave_folder()
+
+    def _leave_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""

@@ -118,6 +118,19 @@ def test_what_a_class_takes_over_from_the_one_it_replaces_is_told(
         assert "note:" not in capsys.readouterr().out
 
 
+def test_what_an_optimizer_takes_over_from_the_one_that_nobody_named_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = "note: model.optimizer: {} takes over lr 0.02, {} from SGD; its own: --model.optimizer.lr {} "
+    muon = "src.optim.Muon", "momentum 0.9, weight_decay 0.0005", "0.24"
+    for name, taken, lr in (("AdamW", "weight_decay 0.0005", "0.001"), muon):
+        told = note.format(name.rpartition(".")[2], taken, lr)
+        for more, notes in ([], 1), (["--model.optimizer.lr=0.1"], 0):
+            assert main(["fit", *TINY, "--trainer.max_steps=1", f"--model.optimizer={name}", *more]) == 0
+            assert capsys.readouterr().out.count(told) == notes
+
+
 def test_a_note_is_no_reason_to_refuse_what_can_be_done(tmp_path: Path) -> None:
     Path(tmp_path / "step.yaml").write_text("model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR}}")
     words = ["--config=step.yaml", "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"]

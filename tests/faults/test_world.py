@@ -63,6 +63,16 @@ def test_fits_that_start_at_once_in_one_folder_get_runs_of_their_own(tmp_path: P
         assert len(list(run.glob("events.*"))) == 1
 
 
+def test_two_runs_without_a_logger_do_not_write_over_each_others_checkpoints(tmp_path: Path) -> None:
+    plain = ["fit", *SMALL, "--trainer.logger=false"]
+    first = Child(main, [*plain, f"--trainer.callbacks={HERE}.Waiter"], cwd=tmp_path)
+    wait_for(tmp_path / "waiting", first)
+    done = Child(main, plain, cwd=tmp_path).wait()
+    assert f"{tmp_path}/checkpoints: another process keeps its checkpoints there; name another place" in refused(done)
+    first.process.kill()
+    assert Child(main, plain, cwd=tmp_path).wait().status == 0
+
+
 def test_a_run_that_another_process_trains_is_not_resumed_until_that_has_ended(tmp_path: Path) -> None:
     always = "--checkpoint.every_n_steps=1"
     first = Child(main, ["fit", *SMALL, always, f"--trainer.callbacks={HERE}.Waiter"], cwd=tmp_path)
