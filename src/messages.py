@@ -158,6 +158,8 @@ def _missing(argument: str, args: Sequence[str], configs: Sequence[str]) -> str:
         for key, name in _texts(yaml.safe_load(config), ()):
             if argument in _required(name):
                 return f"{key}: {name.rsplit('.', 1)[-1]} needs {argument}; give {key}.{argument}"
+    if argument == "network":  # of a class that needs no name, as there is but one
+        return "model.selection: Selection needs network; give model.selection.network"
     return f"{argument} is missing: a class that was named needs it"
 
 

@@ -126,6 +126,10 @@ BAD_ARGUMENTS = [
         "model.tta: six_if_unsure is not for devices that share out the parameters; take six",
     ),
     (
+        ["fit", "--model.selection.share=0.5"],
+        "model.selection: Selection needs network; give model.selection.network",
+    ),
+    (
         ["fit", "--model.selection.network=CNN", "--model.selection.share=1"],
         "model.selection.share: 1.0 is out of range",
     ),
