@@ -192,7 +192,7 @@ class CLI(LightningCLI):
             args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)
             self.config[command].ckpt_path = str(self.checkpoint)
-            self._note_changes(stored, content)
+            self._note_changes(stored, content["global_step"])
         if command == "fit":
             now = self.config[command].as_dict()
             self.leftovers = leftovers(args, now, lambda words: parse(words)[command].as_dict())
@@ -204,7 +204,7 @@ class CLI(LightningCLI):
         if self.chosen:
             trainer.precision = default_precision(self.device)
 
-    def _note_changes(self, stored: dict[str, Any], content: dict[str, Any]) -> None:
+    def _note_changes(self, stored: dict[str, Any], step: int) -> None:
         """Find what a resumed fit does otherwise than its run did, and whether it goes on in its run's folder.
 
         What had been steered, and is said on the command line, is otherwise too, even if the config has it so.
@@ -215,13 +215,13 @@ class CLI(LightningCLI):
         keys = [key for key in {**before, **now} if key not in ("ckpt_path", "new_run")]
         assert self.checkpoint is not None
         folder = run_folder(self.checkpoint)
-        steered = {line["name"] for line in Journal(folder / "live" / "journal.jsonl").read()}
-        steered |= {"lr"} if content.get("lr_scale") != 1 else set()
+        lines = Journal(folder / "live" / "journal.jsonl").read()
+        steered = {line["name"] for line in lines if line["kind"] == "set"}
         dotted = {k: k.replace("/init_args", "").replace("/", ".") for k in keys}
         undone = {k for k in keys if dotted[k] in self.said and names_of([dotted[k]]) & steered}
         changes = {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k) or k in undone}
         self.changes = {dotted[k]: v for k, v in changes.items()}
-        self.step = content["global_step"]
+        self.step = step
         elsewhere = config.trainer.default_root_dir != stored.get("trainer", {}).get("default_root_dir")
         if (folder / "config.yaml").is_file() and not (elsewhere or config.new_run):
             self.resumed = folder

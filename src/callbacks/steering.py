@@ -6,6 +6,7 @@ What is done is in the run's journal. A fit that goes on from a checkpoint does 
 checkpoint; a replay (``fit --config RUN/config.yaml --replay RUN``) does all of it.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -69,6 +70,7 @@ class Steering(pl.Callback):
         self._done_step = 0
         self._resized = False
         self._total_steps: int | None = None
+        self._lr_ratio = 1.0
         self._script: list[Intervention] = []
         self._inbox: Inbox | None = None
         self._journal: Journal | None = None
@@ -83,7 +85,7 @@ class Steering(pl.Callback):
         done = self._done if self._done_step == trainer.global_step else []
         steps = None if trainer.train_dataloader is None else total_steps(trainer)
         values = {"values": dict(self._steered), "done": list(done), "resized": self._resized, "total_steps": steps}
-        checkpoint["steering"] = values
+        checkpoint["steering"] = values | {"lr_ratio": self._lr_ratio}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -95,6 +97,9 @@ class Steering(pl.Callback):
         self._done, self._done_step = [str(id) for id in found["done"]], checkpoint["global_step"]
         self._start = self._done_step, set(self._done)
         self._resized, self._total_steps = bool(found["resized"]), found.get("total_steps")
+        self._lr_ratio = found.get("lr_ratio", 1.0)
+        if type(self._lr_ratio) is not float or not 0 < self._lr_ratio < math.inf:
+            raise Failure(f"ckpt_path: the checkpoint's lr_ratio, {self._lr_ratio}, is none")
         self._steered = {k: v for k, v in found["values"].items() if k in _STEERED and k not in self._said}
         if "batch_size" in self._steered:
             size = self._steered["batch_size"]
@@ -109,10 +114,12 @@ class Steering(pl.Callback):
         """Give an optimizer what the command line says, whatever had been steered; its changes are there already."""
         for group, asked in zip(groups, module.asked(), strict=True):
             group |= {name: value for name, value in asked.items() if name in self._said and name != "lr"}
-        if "lr" in self._said and module.lr_scale != 1:
-            for group, lr in zip(groups, module.schedule_lrs, strict=True):
-                group["lr"] = lr
-            module.lr_scale, module.schedule_lrs = 1.0, []
+        if "lr" not in self._said or self._lr_ratio == 1:
+            return
+        scale = module.lr_scale / self._lr_ratio  # what a rollback has cut it by stays
+        module.lr_scale, self._lr_ratio = 1.0 if math.isclose(scale, 1) else scale, 1.0
+        for group, lr in zip(groups, module.schedule_lrs, strict=True):
+            group["lr"] = lr * module.lr_scale
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learn what is to be done again, and begin to take commands."""
@@ -332,6 +339,8 @@ class Steering(pl.Callback):
         changes = transact(self._controls, wanted, partial(snapshot, trainer, module), commit)
         self._steered |= {name: effective for name, (_, effective) in changes.items() if name in _STEERED}
         self._resized = self._resized or "batch_size" in changes
+        if "lr" in changes:
+            self._lr_ratio *= changes["lr"][1] / changes["lr"][0]
         if trainer.is_global_zero:
             numbers = {f"steer/{k}": float(new) for k, (_, new) in changes.items() if isinstance(new, (int, float))}
             for logger in trainer.loggers:

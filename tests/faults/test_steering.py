@@ -318,6 +318,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lr_scale", float("nan"), "lr_scale and schedule_lrs are not those of a schedule"),
         ("lr_scale", 0.5, "lr_scale and schedule_lrs are not those of a schedule"),
         ("schedule_lrs", [0.1], "ckpt_path: "),
+        ("lr_ratio", 0.0, "the checkpoint's lr_ratio, 0.0, is none"),
     ],
 )
 def test_a_checkpoint_with_values_that_cannot_be_is_refused_in_one_line(
@@ -326,6 +327,8 @@ def test_a_checkpoint_with_values_that_cannot_be_is_refused_in_one_line(
     checkpoint = torch.load(stopped, weights_only=True)
     if key in checkpoint["steering"]["values"]:
         checkpoint["steering"]["values"][key] = value
+    elif key in checkpoint["steering"]:
+        checkpoint["steering"][key] = value
     elif key == "drawn":
         checkpoint["data"][key] = value
     else:
