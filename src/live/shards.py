@@ -30,6 +30,7 @@ SHARD_SUFFIXES = (".npz", ".tar")
 
 _MAX_MEMBERS = 4 * MAX_SHARD_IMAGES
 _MAX_LABEL_BYTES = 1000
+_MAX_HEADERS = 1 << 20  # bytes of all headers of one member of a tar: a name and its like
 _BLOCK = 512  # bytes that a tar is made of
 _CHUNK = 1 << 20  # bytes
 
@@ -175,43 +176,59 @@ def _list_tar(file: BinaryIO) -> list[tuple[str, tuple[int, int], tuple[int, int
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     samples: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
-    members = 0
-    with tarfile.open(fileobj=_Bounded(file), mode="r:", errors="replace") as archive:  # type: ignore[call-overload]
+    for number, member in enumerate(tar_members(file), 1):
+        if number > _MAX_MEMBERS or len(samples) > MAX_SHARD_IMAGES:
+            _refuse(f"a shard has at most {MAX_SHARD_IMAGES:,} images")
+        if not member.isreg() or member.issparse():
+            continue
+        if member.offset_data + member.size > length:
+            _refuse("it is cut short")
+        folder, _, name = member.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        key, ending = f"{folder}/{stem}" if folder else stem, f".{ending.lower()}"
+        is_image, is_label = ending in image_suffixes(), ending == ".cls"
+        if not is_image and not is_label:
+            continue
+        if not samples or samples[-1][0] != key:
+            samples.append((key, (0, 0), (0, 0)))
+        where = (member.offset_data, member.size)
+        samples[-1] = (key, where if is_image else samples[-1][1], where if is_label else samples[-1][2])
+    return samples
+
+
+def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar; their headers, which may claim that they are gigabytes long, take no memory.
+
+    Args:
+        file: At its begin; what is between ``offset_data`` of a member and the next one may be read from it meanwhile.
+
+    Raises:
+        OSError: If a header is too large, or the end is missing; says so.
+        tarfile.TarError: If it is no tar, or damaged.
+    """
+    headers = _Headers(file)
+    with tarfile.open(fileobj=headers, mode="r:", errors="replace") as archive:  # type: ignore[call-overload]
         while member := archive.next():
-            archive.members = []  # or it keeps them all
-            members += 1
-            if members > _MAX_MEMBERS or len(samples) > MAX_SHARD_IMAGES:
-                _refuse(f"a shard has at most {MAX_SHARD_IMAGES:,} images")
-            if not member.isreg() or member.issparse():
-                continue
-            if member.offset_data + member.size > length:
-                _refuse("it is cut short")
-            folder, _, name = member.name.rpartition("/")
-            stem, _, ending = name.partition(".")
-            key, ending = f"{folder}/{stem}" if folder else stem, f".{ending.lower()}"
-            is_image, is_label = ending in image_suffixes(), ending == ".cls"
-            if not is_image and not is_label:
-                continue
-            if not samples or samples[-1][0] != key:
-                samples.append((key, (0, 0), (0, 0)))
-            where = (member.offset_data, member.size)
-            samples[-1] = (key, where if is_image else samples[-1][1], where if is_label else samples[-1][2])
+            archive.members, archive.pax_headers = [], {}  # or it keeps them all
+            headers.left = _MAX_HEADERS
+            yield member
         end = archive.offset
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a damaged header for the end
         _refuse("it is cut short or damaged: its end is missing")
-    return samples
 
 
-class _Bounded:
-    """A file of which not much is read at once: the headers of a tar may claim that they are gigabytes long."""
+class _Headers:
+    """A file of which not much is read for one member of a tar, in however many pieces."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self.left = _MAX_HEADERS
         self.tell, self.seek = file.tell, file.seek
 
     def read(self, length: int) -> bytes:
         """Return the next bytes."""
-        if not 0 <= length <= MAX_IMAGE_BYTES:
+        if not 0 <= length <= self.left:
             _refuse("a header is too large")
+        self.left -= length
         return self._file.read(length)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from src.live.decode import decode_image
-from src.live.shards import MAX_SHARD_BYTES, read_shard
+from src.live.shards import MAX_SHARD_BYTES, read_shard, tar_members
 
 
 def noise(n: int, side: int = 8, seed: int = 0) -> np.ndarray:
@@ -173,6 +173,29 @@ def test_a_tar_whose_header_claims_gigabytes_takes_no_memory(tmp_path: Path) -> 
     os.truncate(path, (1 << 30) + 4096)
     with path.open("rb") as file, pytest.raises(OSError, match="a header is too large"):
         list(read_shard(file, ".tar", 8))
+
+
+def pax(content: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A header that says more of the member behind it, or of all that follow."""
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = kind, len(content)
+    return info.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+def test_so_it_is_with_many_headers_that_are_small_each() -> None:
+    content = tar(("a.png", png(noise(1)[0])), ("a.cls", b"0"))
+    assert len(read(pax(b"40000 comment=".ljust(39_999, b"x") + b"\n") + content, ".tar")) == 1
+    headers = pax(b"40000 comment=".ljust(39_999, b"x") + b"\n") * 40
+    with pytest.raises(OSError, match="a header is too large"):
+        read(headers + content, ".tar")
+
+
+def test_what_headers_say_of_all_that_follows_is_not_gathered() -> None:
+    members = [tar((f"{i}.png", b"x"))[:1024] for i in range(20)]
+    content = b"".join(pax(b"11 key%02d=x\n" % i, tarfile.XGLTYPE) + member for i, member in enumerate(members))
+    found = list(tar_members(io.BytesIO(content + bytes(1024))))
+    assert [member.name for member in found] == [f"{i}.png" for i in range(20)]
+    assert max(len(member.pax_headers) for member in found) <= 1
 
 
 def mutated(content: bytes) -> st.SearchStrategy[bytes]:
