@@ -1,5 +1,6 @@
 """Behaviour of src/data/cifar10.py: official files are read exactly; anything else is refused and never run."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -201,6 +203,29 @@ def write_archive(path: Path, members: dict[str, bytes]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+def test_an_archive_whose_header_claims_gigabytes_is_refused_before_they_are_read(root: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 3_000_000_000
+    with gzip.open(root / ARCHIVE, "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(100_000_000))
+    tracemalloc.start()
+    try:
+        said = refusal(root)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert said.startswith(f"{root / ARCHIVE} is damaged (a header is too large)")
+    assert peak < 20_000_000
+
+
+def test_an_archive_of_headers_without_an_end_is_refused_in_one_line(root: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    with gzip.open(root / ARCHIVE, "wb") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT) * 2000)
+    assert refusal(root).startswith(f"{root / ARCHIVE} is damaged")
 
 
 def test_an_archive_without_a_member_is_named_with_it(originals: Path, root: Path) -> None:
