@@ -31,6 +31,7 @@ SHARD_SUFFIXES = (".npz", ".tar")
 _MAX_MEMBERS = 4 * MAX_SHARD_IMAGES
 _MAX_LABEL_BYTES = 1000
 _MAX_HEADERS = 1 << 20  # bytes of all headers of one member of a tar: a name and its like
+_MAX_ARRAY_HEADER = 10_000  # bytes, as NumPy has it
 _BLOCK = 512  # bytes that a tar is made of
 _CHUNK = 1 << 20  # bytes
 
@@ -113,8 +114,12 @@ def _read_header(stream: IO[bytes], length: int, name: str, kinds: str) -> tuple
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         _refuse(f"{name}: it is an array of a format that is not known")
+    field = _read_exactly(stream, 2 if version == (1, 0) else 4)
+    of_header = int.from_bytes(field, "little")
+    if of_header > _MAX_ARRAY_HEADER:  # NumPy would read it first
+        _refuse(f"{name}: the header has {of_header:,} bytes; {_MAX_ARRAY_HEADER:,} are the most")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    shape, fortran, dtype = read(io.BytesIO(field + _read_exactly(stream, of_header)))
     if dtype.kind not in kinds or (name == "images" and dtype != np.uint8):
         wanted = "uint8" if name == "images" else "names or numbers"
         _refuse(f"{name}: it is an array of {dtype!s:.100}, and not of {wanted}")

@@ -5,6 +5,7 @@ import os
 import struct
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def test_a_bad_shard_is_refused_as_a_whole(suffix: str, content: bytes, reason: 
     with pytest.raises(OSError, match=reason):
         read(content, suffix)
     assert time.process_time() - begun < 2
+
+
+def test_an_npz_whose_array_claims_a_header_of_gigabytes_takes_no_memory() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("images.npy", b"x")
+        archive.writestr("labels.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", (1 << 31) - 1000) + b" " * 100_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(OSError, match="labels: the header has 2,147,482,648 bytes; 10,000 are the most"):
+            read(file.getvalue(), ".npz")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_npz_with_a_flipped_bit_gives_no_image() -> None:
