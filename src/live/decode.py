@@ -4,18 +4,24 @@ python -m src predict --ckpt_path best --data.images cat.png photos/
 """
 
 import functools
+import re
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 MAX_PIXELS = 50_000_000
 """A picture that claims more pixels than this (150 MB as RGB) is refused before it is decoded."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, if Pillow was built with it: pictures alone, none of the formats that Pillow runs Ghostscript for."""
+
+_MOST_SCANS = 100
+"""Scans of a JPEG at most: each goes over all of its pixels, and may take two bytes. A progressive one has some ten."""
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a JPEG, but for those that are nothing or within a scan
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -32,7 +38,8 @@ def decode_image(file: Path | BinaryIO, size: int) -> Pixels:
         16-bit pictures are scaled down to 8 bits.
 
     Raises:
-        OSError: If the file cannot be read as an image, or claims more than `MAX_PIXELS` pixels.
+        OSError: If the file cannot be read as an image, or claims more than `MAX_PIXELS` pixels, or is made to take
+            minutes.
     """
     try:
         with warnings.catch_warnings():
@@ -40,6 +47,8 @@ def decode_image(file: Path | BinaryIO, size: int) -> Pixels:
             with Image.open(file, formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise OSError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+                if isinstance(image, JpegImageFile) and _has_too_many_scans(image.fp):
+                    raise OSError(f"it is a JPEG of more than {_MOST_SCANS} scans")
                 image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
                 return _square(_to_rgb(ImageOps.exif_transpose(image)), size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -84,6 +93,16 @@ def list_images(folder: Path) -> list[Path]:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _has_too_many_scans(file: IO[bytes] | None) -> bool:
+    assert file is not None
+    file.seek(0)
+    content, at, scans = file.read(), 2, 0
+    while scans <= _MOST_SCANS and (marker := _MARKER.search(content, at)) and marker[1] != b"\xd9":  # the end
+        scans += marker[1] == b"\xda"
+        at = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2], "big"))
+    return scans > _MOST_SCANS
 
 
 def _square(image: Image.Image, size: int) -> Pixels:

@@ -265,3 +265,27 @@ def test_any_bytes_are_an_image_or_an_oserror(content: bytes) -> None:
 def test_an_image_of_the_right_size_keeps_its_pixels() -> None:
     (image,) = noise(1, 32)
     assert np.array_equal(decode_image(io.BytesIO(png(image)), 32), image)
+
+
+def jpeg(scans: int = 0, **options: Any) -> bytes:
+    """A progressive JPEG, whose last scan comes so many times more."""
+    content = io.BytesIO()
+    Image.fromarray(noise(1, 64)[0]).save(content, "JPEG", progressive=True, **options)
+    whole = content.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * scans + whole[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded() -> None:
+    for content in (jpeg(3000), jpeg(95)):
+        begun = time.process_time()
+        with pytest.raises(OSError, match="it is a JPEG of more than 100 scans"):
+            decode_image(io.BytesIO(content), 32)
+        assert time.process_time() - begun < 1
+
+
+def test_what_is_no_scan_of_a_jpeg_does_not_count_as_one() -> None:
+    usual = decode_image(io.BytesIO(jpeg()), 32)
+    assert decode_image(io.BytesIO(jpeg(50)), 32).shape == (32, 32, 3)
+    for content in (jpeg() + b"\xff\xda" * 1000, jpeg(comment=b"\xff\xda" * 1000), jpeg(exif=b"\xff\xda" * 1000)):
+        assert np.array_equal(decode_image(io.BytesIO(content), 32), usual)
