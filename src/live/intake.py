@@ -53,6 +53,8 @@ _BUSY = (0.02, 1.0)  # seconds until a file that is being written is looked at a
 _IGNORED = (".tmp", ".part", ".partial", "~")
 _LONGEST = 500  # letters of a name
 _LARGEST_CORRECTION = 65536  # bytes
+_LONGEST_READ = 60.0
+"""Seconds of the processor that an image, or the look at a shard as a whole, may take; then the process ends."""
 _TRIES = 2  # times that the process may end over the same image: once may be by chance
 
 
@@ -177,12 +179,15 @@ class Intake:
             del self._queue[self._reading]
             self._work = self._read(self._reading)
         if self._work is not None and len(self._gathered) < SEGMENT_IMAGES:
+            _limit_time(_LONGEST_READ)
             try:
                 next(self._work)
             except StopIteration:
                 self._work, self._reading = None, ""
                 if not self._queue:
                     self.clear_mark()
+            finally:
+                _limit_time(0.0)
         self._store_if_due(idle=self._work is None and not self._queue)
         self._release()
         self._tell_waiting()
@@ -386,6 +391,7 @@ class Intake:
                     except OSError as error:
                         self._refuse(one[0], str(error), one)
                 self._progress[source] = number + 1
+                _limit_time(_LONGEST_READ)
         self._sources.append(source)
         self._taken.add(source)
 
@@ -523,6 +529,12 @@ def _read_all(file: BinaryIO, length: int) -> bytes:
     while len(content) < length and (part := file.read(length - len(content))):
         content += part
     return bytes(content)
+
+
+def _limit_time(seconds: float) -> None:
+    """Have the system end this process once it has taken so much time, whatever a decoder does; 0 for never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor: where others keep it busy, it may take long
 
 
 def _watch(folder: Path, events: "queue.SimpleQueue[set[str] | int | None]") -> None:
