@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CORRECTIONS = ".corrections"
 """The folder of the feed that corrections are put into."""
 
+_LONGEST_STEM = 100  # bytes
+
 
 def offer(folder: str | Path, images: Sequence[str | Path | np.ndarray], label: str) -> list[str]:
     """Give images of one class to a run; its feed's folder is made if it is not there.
@@ -56,7 +58,7 @@ def offer(folder: str | Path, images: Sequence[str | Path | np.ndarray], label: 
     for image in images:
         path = Path(image) if isinstance(image, (str, Path)) else None
         stem, suffix = (path.stem, path.suffix) if path else ("image", ".png")
-        name = f"{label}/{stem.lstrip('.')[:100]}-{secrets.token_hex(6)}{suffix}"
+        name = f"{label}/{_plain(stem)}-{secrets.token_hex(6)}{suffix}"
 
         def write(file: BinaryIO, image: str | Path | np.ndarray = image) -> None:
             if isinstance(image, (str, Path)):
@@ -169,6 +171,12 @@ def _check_name(name: str, key: str) -> None:
         raise UsageError(
             f"{key}: {name!r:.250} cannot be the name of a folder; give letters, with no / and no leading dot"
         )
+
+
+def _plain(stem: str) -> str:
+    """Return a name that a run takes and any file system holds, with what is put before and behind it."""
+    printable = "".join(letter if letter.isprintable() else "_" for letter in stem.lstrip("."))
+    return printable.encode()[:_LONGEST_STEM].decode(errors="ignore")
 
 
 def _check_pixels(image: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The producers' side of a feed: what is offered appears whole, under a name of its own."""
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -32,6 +33,24 @@ def test_the_same_file_offered_twice_does_not_take_the_place_of_the_first(tmp_pa
     Image.fromarray(noise()).save(tmp_path / "a.png")
     names = offer(tmp_path / "feed", [tmp_path / "a.png"] * 3, "cat")
     assert len(set(names)) == len(list((tmp_path / "feed/cat").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("Screenshot at 9.41.00\u202fAM.png", "cat/Screenshot at 9.41.00_AM-"),  # as macOS calls them
+        (os.fsdecode(b"caf\xe9.png"), "cat/caf_-"),
+        ("\u7167" * 80 + ".png", "cat/" + "\u7167" * 33 + "-"),
+        ("x" * 250 + ".png", "cat/" + "x" * 100 + "-"),
+    ],
+)
+def test_a_file_of_any_name_gets_one_that_a_run_takes(tmp_path: Path, name: str, begin: str) -> None:
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / name)
+    (found,) = offer(tmp_path / "feed", [tmp_path / name], "cat")
+    assert found.startswith(begin)
+    assert found.isprintable()
+    assert (tmp_path / "feed" / found).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_who_looks_never_sees_half_a_file(tmp_path: Path) -> None:
