@@ -77,7 +77,7 @@ def read_segment(path: Path, sha256: str) -> Segment:
         sha256: What it had when it was written.
 
     Raises:
-        Failure: If it is missing, or another.
+        Failure: If it is missing, or another, or holds no such images.
     """
     try:
         content = path.read_bytes()
@@ -86,9 +86,23 @@ def read_segment(path: Path, sha256: str) -> Segment:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise Failure(f"{path} has been changed: its SHA-256 is {found[:12]}…, the run was fed {sha256[:12]}…")
-    with np.load(io.BytesIO(content), allow_pickle=False) as parts:
-        sources = [(str(name), int(size), int(time)) for name, size, time in json.loads(str(parts["sources"]))]
-        return Segment(int(path.stem), parts["pixels"], parts["labels"], parts["names"].tolist(), sha256, sources)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as parts:
+            pixels, labels, names = parts["pixels"], parts["labels"], parts["names"]
+            sources = [(str(name), int(size), int(time)) for name, size, time in json.loads(str(parts["sources"]))]
+        _check(pixels, labels, names)
+        return Segment(int(path.stem), pixels, labels, names.tolist(), sha256, sources)
+    except Exception as error:  # whoever changed it may have changed the journal too, from where its SHA-256 is
+        raise Failure(f"{path} does not hold images as a run stores them: {error or type(error).__name__}") from error
+
+
+def _check(pixels: Pixels, labels: np.ndarray[Any, Any], names: np.ndarray[Any, Any]) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (pixels.shape[1], pixels.shape[1], 3):
+        raise ValueError(f"pixels: {pixels.dtype} {list(pixels.shape)} is not uint8 [n, size, size, 3]")
+    if labels.dtype != np.int64 or labels.shape != pixels.shape[:1] or labels.min(initial=0) < 0:
+        raise ValueError(f"labels: they are not {len(pixels)} numbers of classes, int64")
+    if names.dtype.kind != "U" or names.shape != labels.shape:
+        raise ValueError(f"names: they are not {len(pixels)} texts")
 
 
 def digests(pixels: Pixels) -> bytes:

@@ -1,6 +1,7 @@
 """The process that takes what is fed: each file once and whole, or refused by name with a reason, whatever happens."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -571,6 +572,34 @@ def test_a_segment_that_is_missing_or_another_is_named(fed: Fed) -> None:
     path.unlink()
     with pytest.raises(Failure, match=r"000000\.npz: the images that were fed cannot be read \(No such file"):
         read_segment(path, segment.sha256)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pixels": many(2)[:, :16]}, r"pixels: uint8 \[2, 16, 32, 3\] is not"),
+        ({"pixels": many(2).astype(float)}, "pixels: float64"),
+        ({"pixels": np.array([{}, {}])}, "Object arrays cannot be loaded"),
+        ({"labels": np.array([0, -1])}, "labels: they are not"),
+        ({"labels": np.array([0])}, "labels: they are not"),
+        ({"labels": np.array([0.0, 1.0])}, "labels: they are not"),
+        ({"names": np.array(["a"])}, "names: they are not 2 texts"),
+        ({"names": np.array([1, 2])}, "names: they are not 2 texts"),
+        ({"sources": np.array("[1]")}, "int"),
+        ({"sources": np.array("no JSON")}, "Expecting value"),
+        ({"labels": None}, "labels"),
+    ],
+)
+def test_a_segment_that_was_changed_together_with_its_hash_is_named(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "000003.npz"
+    write_segment(path, [*many(2)], [0, 1], ["a", "b"], [])
+    with np.load(path) as found:
+        parts = {name: value for name, value in {**found, **change}.items() if value is not None}
+    np.savez(path, **parts)
+    with pytest.raises(Failure, match=rf"000003\.npz does not hold images as a run stores them: .*{said}"):
+        read_segment(path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 class InProcess:
