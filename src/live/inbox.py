@@ -70,16 +70,11 @@ class Inbox:
                 path.mkdir(parents=True, exist_ok=True)
                 if path.is_symlink():
                     raise Failure(f"{path} is a link; a run's folder holds folders of its own")
-            self._empty()
             self._lock = open_lock(folder / LOCK)
+            self._wait_for_lock()
+            self._empty()  # once it is held: not what was sent to a process that lives
         except OSError as error:
             raise Failure(f"{error.filename or folder} cannot be used ({error.strerror})") from error
-        deadline = time.monotonic() + _LOCKED
-        while not try_hold(self._lock):  # who asks whether this run lives holds it for a moment
-            if time.monotonic() > deadline:
-                os.close(self._lock)
-                raise Failure(f"{folder / LOCK} is locked by another process; end that, or give --steering false")
-            time.sleep(_POLL)
 
     def open(self) -> None:
         """Begin to take commands."""
@@ -121,6 +116,14 @@ class Inbox:
         with contextlib.suppress(OSError):  # a full disk must not end a run over a refusal
             self.journal.extend(step, "refused", [line], actor=command.actor, id=command.id, sync=False)
         self._answer(command.id, answer)
+
+    def _wait_for_lock(self) -> None:
+        deadline = time.monotonic() + _LOCKED
+        while not try_hold(self._lock):  # who asks whether this run lives holds it for a moment
+            if time.monotonic() > deadline:
+                os.close(self._lock)
+                raise Failure(f"{self.folder / LOCK} is locked by another process; end that, or give --steering false")
+            time.sleep(_POLL)
 
     def _empty(self) -> None:
         """Refuse what was sent to a process that is no more, and take away its answers."""

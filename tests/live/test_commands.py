@@ -286,6 +286,24 @@ def test_a_lock_that_a_stranger_holds_is_an_error_and_no_wait_without_end(
             Run(tmp_path)
 
 
+def test_a_second_process_that_is_refused_takes_nothing_from_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.live.inbox._LOCKED", 0.1)
+    run = Run(tmp_path)
+    run.drop("a.json", json.dumps({"id": "a", "set": {"lr": 0.5}}))
+    (tmp_path / "live/answers/b.json").write_text("{}")
+    with pytest.raises(Failure, match=r"\.lock is locked by another process"):
+        Run(tmp_path)
+    assert not run.journal.read()
+    assert run.answer("b") == {}
+    run.inbox.open()
+    run.inbox.wait(10)
+    run.serve()
+    assert run.answer("a")["changes"] == {"lr": [0.1, 0.5]}
+    run.inbox.close()
+
+
 def test_a_full_disk_refuses_and_undoes(run: Run) -> None:
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device")
