@@ -3,6 +3,7 @@
 Who may write to a run's folder may steer it, but must not reach other files with the trainer's rights.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -36,15 +37,18 @@ def write_whole(path: Path, content: bytes | memoryview, mode: int = 0o666, *, s
         partial.unlink()
         file = os.open(partial, flags, mode)
     try:
-        write_all(file, content)
-        if sync:
-            os.fsync(file)
+        try:
+            write_all(file, content)
+            if sync:
+                os.fsync(file)
+        finally:
+            os.close(file)
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         error.filename = str(path)
         raise
-    finally:
-        os.close(file)
-    partial.replace(path)
 
 
 def write_all(file: int, content: bytes | memoryview) -> None:

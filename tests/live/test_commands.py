@@ -313,6 +313,21 @@ def test_a_full_disk_refuses_and_undoes(run: Run) -> None:
     assert run.values == {"lr": 0.1, "size": 4}
 
 
+def test_a_command_that_a_full_disk_has_no_room_for_leaves_nothing_behind(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, content: bytes) -> None:
+        os.write(file, content[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.live.files.write_all", full)
+        for _ in range(3):
+            with pytest.raises(Failure, match=r"inbox cannot be written to \(No space left on device\)"):
+                send(run.folder, new_command(lr=0.1), timeout=None)
+    assert not list((run.folder / "live/inbox").iterdir())
+
+
 def test_a_value_that_does_not_take_effect_is_no_success(run: Run) -> None:
     controls = {**run.controls, "size": run.controls["size"]._replace(write=lambda _: None)}
     with pytest.raises(Refusal, match="size: 8 did not take effect: it is 4"):
