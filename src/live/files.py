@@ -86,6 +86,29 @@ def open_to_read(path: Path) -> int:
     return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS)
 
 
+def open_below(folder: Path, name: str) -> int:
+    """Open a file in a folder, or below it, to read it; nothing below the folder that is a link is followed.
+
+    Args:
+        folder: The folder; it may be a link itself.
+        name: The file: ``cat/1.png``.
+
+    Raises:
+        OSError: If it cannot be.
+    """
+    if os.open not in os.supports_dir_fd:  # Windows
+        return open_to_read(folder / name)
+    *parts, last = name.split("/")
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts:
+            above, at = at, os.open(part, os.O_RDONLY | os.O_DIRECTORY | _NO_LINKS, dir_fd=at)
+            os.close(above)
+        return os.open(last, os.O_RDONLY | os.O_NONBLOCK | _NO_LINKS, dir_fd=at)
+    finally:
+        os.close(at)
+
+
 def being_written(file: int) -> bool | None:
     """Return whether any process has a file, open here to be read alone, open to write; none if that is not known.
 

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from src.live.commands import ID
 from src.live.decode import Pixels, decode_image, image_suffixes
 from src.live.feed import CORRECTIONS
-from src.live.files import being_written, open_lock, open_to_read, read_bounded, write_all
+from src.live.files import being_written, open_below, open_lock, write_all
 from src.live.liveness import hold
 from src.live.segments import DIGEST, Source, segment_path, write_segment
 from src.live.shards import MAX_IMAGE_BYTES, MAX_SHARD_BYTES, SHARD_SUFFIXES, read_shard
@@ -303,7 +303,7 @@ class Intake:
                 raise OSError("it is a link: copy or move the file itself")
             if not stat.S_ISREG(found.st_mode):
                 raise OSError("it is not a file")
-            with open(open_to_read(path), "rb", buffering=0) as file:  # noqa: PTH123
+            with open(open_below(self.folder, name), "rb", buffering=0) as file:  # noqa: PTH123
                 self._check_whole(name, file.fileno(), source)
                 yield from self._take(name, file, source)
         except _Busy:
@@ -346,7 +346,9 @@ class Intake:
         suffix = Path(name).suffix.lower()
         if parts[0] == CORRECTIONS:
             if len(parts) == 2 and suffix == ".json":
-                self._correct(self.folder / name)
+                if length > _LARGEST_CORRECTION:
+                    raise OSError(f"it has {length:,} bytes; {_LARGEST_CORRECTION:,} are the most")
+                self._correct(_read_all(file, length))
             self._taken.add(source)
         elif suffix in SHARD_SUFFIXES:
             yield from self._take_shard(suffix, file, source)
@@ -459,8 +461,8 @@ class Intake:
         self._unjoined += len(names)
         self._gathered, self._sources = [], []
 
-    def _correct(self, path: Path) -> None:
-        content = json.loads(read_bounded(path, _LARGEST_CORRECTION))
+    def _correct(self, text: bytes) -> None:
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise OSError("a correction has id, sample, label and actor")
         id, sample, label = content.get("id"), content.get("sample"), content.get("label")

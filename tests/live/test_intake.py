@@ -644,6 +644,26 @@ def test_where_writers_cannot_be_seen_a_file_is_taken_a_second_after_its_last_ch
     assert [(report["kind"], report["count"]) for report in fed.reports] == [("segment", 1)]
 
 
+def test_a_folder_that_becomes_a_link_before_it_is_read_is_not_followed(tmp_path: Path) -> None:
+    fed = InProcess(tmp_path)
+    correction = json.dumps({"id": "a", "sample": 1, "label": "dog"})
+    for folder in (fed.folder, tmp_path / "private"):
+        save(folder / "cat/deep/1.png", 1)
+        (folder / ".corrections").mkdir(parents=True)
+        (folder / ".corrections/1.json").write_text(correction)
+    fed.intake._find(fed.folder)
+    for name in ("cat", ".corrections"):
+        (fed.folder / name).rename(tmp_path / f"old{name}")
+        (fed.folder / name).symlink_to(tmp_path / "private" / name)
+    fed.until(lambda: len(fed.reports) == 4)
+    assert {(report["kind"], report["name"], report["reason"]) for report in fed.reports} == {
+        ("refused", "cat/deep/1.png", "Not a directory"),
+        ("refused", ".corrections/1.json", "Not a directory"),
+        ("refused", "cat", "it is a link: copy or move the file itself"),
+        ("refused", ".corrections", "it is a link: copy or move the file itself"),
+    }
+
+
 def test_a_full_disk_is_told_once_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fed = InProcess(tmp_path)
     tries = 0
