@@ -56,7 +56,7 @@ def compiled() -> ctypes.CDLL | None:
 def _loaded_openmp() -> str | None:
     """Return the path of the OpenMP library that torch has loaded."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n"):  # names of files may be any bytes
             if "libgomp" in line:
                 return line.split(maxsplit=5)[5]
     return None

@@ -1,5 +1,7 @@
 """The fused functions between two convolutions: what torch's own do, to within the rounding of bfloat16."""
 
+import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,16 @@ def test_without_a_compiler_there_is_none(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100, check=True
     )
     assert done.stdout == "None\n"
+
+
+@needs_compiler
+def test_it_is_there_whatever_the_files_are_called_that_a_process_has_mapped(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    path.write_bytes(b"x")
+    compiled.cache_clear()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ):
+        assert compiled() is not None
+    compiled.cache_clear()
 
 
 @needs_compiler
