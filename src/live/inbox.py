@@ -30,7 +30,7 @@ _WAITING = 100  # accepted commands; more are refused
 _UNFINISHED = 0.5  # seconds in which a file that is cut short may be completed
 _LOCKED = 5.0  # seconds in which another process may let go of the lock
 _KEPT_ANSWERS = 1000
-_MOST_REFUSALS = 100_000  # that are journaled, and remembered by their ids
+_MOST_REFUSALS = 100_000  # that are journaled
 _LONGEST = 500  # letters of a value in the journal
 
 
@@ -95,27 +95,26 @@ class Inbox:
             self._came.wait_for(lambda: bool(self.waiting), seconds)
 
     def known(self, id: str) -> bool:
-        """Return whether a command has been accepted, done or refused."""
+        """Return whether a command has been accepted or done."""
         return id in self._known
 
     def done(self, command: Command, answer: Mapping[str, Any]) -> None:
         """Answer a command that has been done, and is in the journal."""
-        self._answer(command.id, {"step": self._status()["step"], **answer})
+        whole = {"step": self._status()["step"], **answer}
+        self._known[command.id] = whole
+        self._write_answer(command.id, whole)
 
     def refuse(self, command: Command, reason: str) -> None:
         """Answer a command with a reason why it is not done, and journal that."""
         step = self._status()["step"]
         self._refusals += 1
-        answer = {"step": step, "error": reason}
-        if self._refusals > _MOST_REFUSALS:
-            self._known.pop(command.id, None)
-            self._write_answer(command.id, answer)
-            return
-        requested = {**command.set, **({"do": command.do} if command.do else {})}
-        line = {"requested": _short(requested), "effective": _short(reason)}
-        with contextlib.suppress(OSError):  # a full disk must not end a run over a refusal
-            self.journal.extend(step, "refused", [line], actor=command.actor, id=command.id, sync=False)
-        self._answer(command.id, answer)
+        if self._refusals <= _MOST_REFUSALS:
+            requested = {**command.set, **({"do": command.do} if command.do else {})}
+            line = {"requested": _short(requested), "effective": _short(reason)}
+            with contextlib.suppress(OSError):  # a full disk must not end a run over a refusal
+                self.journal.extend(step, "refused", [line], actor=command.actor, id=command.id, sync=False)
+        self._known.pop(command.id, None)  # who asks again may do so when the reason has passed
+        self._write_answer(command.id, {"step": step, "error": reason})
 
     def _wait_for_lock(self) -> None:
         deadline = time.monotonic() + _LOCKED
@@ -132,7 +131,11 @@ class Inbox:
         for number, path in enumerate(self._inbox.glob("*.json")):
             self._remove(path)
             if number < _WAITING and path.name not in self._skipped:
-                self.refuse(Command(_id_of(path)), "the run was stopped before it could be done")
+                command = Command(_id_of(path))
+                if command.id in self._known:
+                    self._answer_again(command.id)
+                else:
+                    self.refuse(command, "the run was stopped before it could be done")
 
     def _work(self) -> None:
         pause = _POLL
@@ -182,8 +185,7 @@ class Inbox:
         if command.do == "status":
             self._write_answer(command.id, self._status())
         elif command.id in self._known:
-            if (answer := self._known[command.id]) is not None:  # else it will be answered when it is done
-                self._write_answer(command.id, {**answer, "repeated": True})
+            self._answer_again(command.id)
         elif len(self.waiting) >= _WAITING:
             self.refuse(command, f"{_WAITING} commands wait already")
         else:
@@ -221,9 +223,9 @@ class Inbox:
         except OSError:  # a folder, say: it is left where it is, and not looked at again
             self._skipped.add(path.name)
 
-    def _answer(self, id: str, answer: dict[str, Any]) -> None:
-        self._known[id] = answer
-        self._write_answer(id, answer)
+    def _answer_again(self, id: str) -> None:
+        if (answer := self._known[id]) is not None:  # else it will be answered when it is done
+            self._write_answer(id, {**answer, "repeated": True})
 
     def _write_answer(self, id: str, answer: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
@@ -243,13 +245,10 @@ def _id_of(path: Path) -> str:
 
 
 def _answers_of(journal: Journal) -> dict[str, dict[str, Any] | None]:
-    """Return the answers to all commands that a journal tells of, by id."""
+    """Return the answers to all commands that a journal says were done, by id."""
     answers: dict[str, dict[str, Any] | None] = {}
     for line in journal.read():
-        if not line["id"]:
-            continue
-        if line["kind"] == "refused":
-            answers[line["id"]] = {"step": line["step"], "error": line["effective"]}
+        if not line["id"] or line["kind"] == "refused":
             continue
         answer = answers.setdefault(line["id"], {"step": line["step"]})
         if answer is not None and line["kind"] == "set":

@@ -204,6 +204,47 @@ def test_a_command_that_is_sent_again_while_it_is_done_is_answered_once_it_is(ru
     assert run.answer("a")["changes"] == {"lr": [0.1, 0.5]}
 
 
+def test_a_command_that_was_refused_is_looked_at_anew_when_it_is_sent_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.dumps({"id": "a", "set": {"lr": 0.5}})
+    with monkeypatch.context() as patch:
+        patch.setattr("src.live.inbox._WAITING", 0)
+        run.drop("1.json", content)
+        assert run.answer("a")["error"] == "0 commands wait already"
+    run.drop("2.json", content)
+    run.inbox.wait(10)
+    run.inbox.close()
+    assert run.answer("a")["error"] == "the run has ended"
+    run.drop("a.json", content)
+    run.__init__(run.folder)  # type: ignore[misc]
+    run.inbox.open()
+    assert run.answer("a")["error"] == "the run was stopped before it could be done"
+    for times in range(2):
+        run.drop("3.json", content)
+        if not times:
+            run.inbox.wait(10)
+            run.serve()
+        assert run.answer("a")["changes"] == {"lr": [0.1, 0.5]}
+    assert [line["kind"] for line in run.journal.read()] == ["refused"] * 3 + ["set"]
+
+
+def test_one_that_was_done_and_sent_again_before_the_run_was_killed_is_not_done_again(run: Run) -> None:
+    content = json.dumps({"id": "a", "set": {"lr": 0.5}})
+    run.drop("1.json", content)
+    run.inbox.wait(10)
+    run.serve()
+    run.answer("a")
+    run.inbox.close()
+    run.drop("a.json", content)
+    run.__init__(run.folder)  # type: ignore[misc]
+    run.inbox.open()
+    assert run.answer("a") == {"id": "a", "step": 3, "changes": {"lr": [0.1, 0.5]}, "repeated": True}
+    run.drop("2.json", content)
+    assert run.answer("a")["repeated"]
+    assert [line["kind"] for line in run.journal.read()] == ["set"]
+
+
 def test_what_was_sent_to_a_run_that_was_killed_is_not_done_when_it_goes_on(run: Run) -> None:
     run.inbox.close()
     run.drop("00000000000000000001-late.json", json.dumps({"id": "late", "set": {"lr": 0.5}}))
