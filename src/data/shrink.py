@@ -31,7 +31,7 @@ def by_products(pixels: Tensor, side: int) -> Tensor:
     count, height, width, channels = pixels.shape
     across = _weights(width, side, channels, pixels.device).mT
     down = _weights(height, side, 1, pixels.device).expand(count, side, height)
-    found = pixels.float().view(count * height, width * channels) @ across
+    found = pixels.float().reshape(count * height, width * channels) @ across
     found = torch.bmm(down, found.view(count, height, side * channels))
     return found.round_().to(torch.uint8).view(count, side, side, channels)
 
