@@ -152,8 +152,9 @@ def _wait_for_a_later_name(folder: Path) -> None:
     """
     seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
     newest = max((int(second) for second in seconds if second.isdigit()), default=0)
-    if newest == int(time.time()):
-        time.sleep(newest + 1 - time.time())
+    now = time.time()
+    if newest == int(now):
+        time.sleep(newest + 1 - now)
 
 
 class RunRecord(SaveConfigCallback):
