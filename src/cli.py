@@ -36,6 +36,7 @@ from src.callbacks.console import progress_callback
 from src.callbacks.contention import Contention
 from src.callbacks.curves import Curves
 from src.callbacks.feeding import Feeding
+from src.callbacks.guard import Guard
 from src.callbacks.memory import Memory
 from src.callbacks.pictures import Pictures
 from src.callbacks.predictions import Predictions
@@ -66,6 +67,8 @@ _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.f
           "Found current_model_state", "Received SIGTERM")  # fmt: skip
 _NOISY = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed",
           "pytorch.trainer.connectors.signal_connector")  # fmt: skip
+
+_SECTIONS = {"model": ImageClassifier, "trainer": pl.Trainer, "checkpoint": Checkpoint, "guard": Guard}
 
 _RANK = re.compile(r"^\[rank: \d+\] ")
 
@@ -187,7 +190,7 @@ class CLI(LightningCLI):
             self.checkpoint = find_checkpoint(str(ckpt_path), runs)
             content = read(self.checkpoint)
             said = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
-            stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]))
+            stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]), _SECTIONS)
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
             args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)

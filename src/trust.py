@@ -8,32 +8,39 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from src.arguments import check_nesting
-from src.errors import Failure
+from src.errors import Failure, UsageError
 
 TRUSTED = ("src.", "torch.optim.", "lightning.pytorch.")
 """Classes that a checkpoint may name by itself; others must be named by the user, in a config or as an argument."""
 
 _CONTAINERS = {dict, OrderedDict, list, tuple}
 _PATH_KEYS = {"weights", "root", "default_root_dir", "images", "ckpt_path"}
+_PLAIN = {str, int, float, bool, type(None), Path}
 _CLASS_KEYS = {
     *("model", "data", "trainer", "network", "optimizer", "lr_scheduler", "selection", "augment", "mix"),
     *("callbacks", "logger", "plugins", "strategy", "profiler", "accelerator", "checkpoint"),
 }
 
 
-def stored_config(path: Path, checkpoint: dict[str, Any], named_by_user: str) -> dict[str, Any]:
+def stored_config(
+    path: Path, checkpoint: dict[str, Any], named_by_user: str, sections: dict[str, type]
+) -> dict[str, Any]:
     """Return the config that a checkpoint carries.
 
     Args:
         path: The file, for errors.
         checkpoint: What `read` returned of it.
         named_by_user: Text of the user's own configs and command line: classes named there are trusted.
+        sections: The classes whose arguments are sections of a config, such as that of ``model``.
 
     Raises:
         Failure: If there is no config, or it names a class that is not trusted.
@@ -48,7 +55,7 @@ def stored_config(path: Path, checkpoint: dict[str, Any], named_by_user: str) ->
     words = set(re.findall(r"[\w.]+", named_by_user))
     for key, value in leaves(config):
         named = isinstance(value, str) and (value in words or ("/" in value and value in named_by_user))
-        if not named and (reason := _distrust(key, value)):
+        if not named and (reason := _distrust(key, value)) and not _is_plain(config, key, value, sections):
             raise Failure(
                 f"{path} asks for {value} as {key.replace('/', '.')}, {reason}; "
                 f"if you trust it, name it in a --config of your own"
@@ -72,7 +79,7 @@ def _distrust(key: str, value: Any) -> str | None:
     if not isinstance(value, str) or name in _PATH_KEYS:
         return None
     if name == "class_path" or re.fullmatch(r"\s*[^\W\d]\w*(\.\w+)+\s*", value):
-        return None if name == "class_path" and _is_own_class(value) else "which is not a class of this project"
+        return None if name == "class_path" and _own_class(value) else "which is not a class of this project"
     if "://" in value or (name in _CLASS_KEYS and not re.fullmatch(r"[\w-]*", value)):
         return "which is not a class of this project, but the place of one"
     with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -83,10 +90,48 @@ def _distrust(key: str, value: Any) -> str | None:
     return None
 
 
-def _is_own_class(name: str) -> bool:
-    """Return whether an import path leads to a class that was defined in a trusted package."""
-    if not name.startswith(TRUSTED):
+def _is_plain(config: dict[str, Any], key: str, value: Any, sections: dict[str, type]) -> bool:
+    """Return whether a text is of an argument of a trusted class that is a text, a path or one of some words.
+
+    The parser takes it as it is there, whatever it reads like, and imports and opens nothing.
+    """
+    *parts, name = key.split("/")
+    if not isinstance(value, str) or not parts or "://" in value:
         return False
+    owner = sections.get(parts[0]) if len(parts) == 1 else None
+    if parts[-1] == "init_args":
+        found: Any = config
+        with suppress(KeyError, IndexError, TypeError, ValueError):
+            for part in parts[:-1]:
+                found = found[int(part) if isinstance(found, (list, tuple)) else part]
+            owner = _own_class(found["class_path"])
+    hint = None if owner is None else _hints(owner).get(name)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if not all(kind in _PLAIN or get_origin(kind) is Literal for kind in kinds):
+        return False
+    with suppress(ValueError, UsageError, RecursionError):
+        with suppress(yaml.YAMLError):  # the parser tries to read it as YAML, and what it has read, it may print
+            check_nesting(yaml.safe_load(value), key)
+        return value in words or str in kinds or Path in kinds
+    return False
+
+
+@cache
+def _hints(owner: type) -> dict[str, Any]:
+    """Return what the parser sees the arguments of a class annotated with, by their names."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_class_arguments(owner, fail_untyped=False)
+    except ValueError:  # it has arguments that the parser does not know what to do with
+        return {}
+    return {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+
+
+def _own_class(name: Any) -> type | None:
+    """Return the class that an import path leads to, if it was defined in a trusted package."""
+    if not isinstance(name, str) or not name.startswith(TRUSTED):
+        return None
     module, parts = name.split(".")[0], name.split(".")[1:]
     found: Any = importlib.import_module(module)
     for part in parts:
@@ -95,9 +140,9 @@ def _is_own_class(name: str) -> bool:
             try:
                 importlib.import_module(module)
             except ImportError:
-                return False
+                return None
         found = getattr(found, part)
-    return isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED)
+    return found if isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED) else None
 
 
 def class_paths(config: Any, key: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import enum
 import errno
+import json
 import mmap
 import os
 import resource
@@ -462,6 +463,9 @@ CONFIGS: dict[str, Any] = {
     "a file in the home folder": {"model": {"network": "~/network"}},
     "a config in a text": {"model": {"network": "{class_path: evil.Net}"}},
     "somebody else's class by way of ours": {"model": {"network": {"class_path": "src.cli.os.system"}}},
+    "a class for one of some words": {"model": {"tta": "evil.Net"}},
+    "a class for a word of a class": {"model": {"network": {"init_args": {"norm": "evil.Net"}}}},
+    "a class for a number": {"model": {"label_smoothing": "evil.Net"}},
 }
 
 
@@ -485,6 +489,27 @@ def test_a_stored_config_that_names_strangers_is_refused(
     assert "bad.ckpt asks for " in refused_without_running(tmp_path, "fit")
 
 
+def test_texts_and_words_of_a_stored_config_may_read_like_classes_configs_or_files(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(read(trained / "last.ckpt")["config"])
+    for name in ("none", "batch", "one", "max", "32-true"):
+        (tmp_path / name).write_text("{class_path: evil.Net}")
+    callback = {"class_path": f"{pl.__name__}.callbacks.ModelCheckpoint", "init_args": {"filename": "{epoch:02d}"}}
+    logger = {"class_path": f"{pl.__name__}.loggers.CSVLogger", "init_args": {"save_dir": "x.d", "name": "exp.v2"}}
+    change = {
+        "data": {"init_args": {"feed": "incoming.d"}},
+        "checkpoint": {"mode": "max"},
+        "trainer": {"callbacks": [callback], "logger": logger},
+    }
+    text = yaml.safe_dump(merged(config, change))
+    hostile(trained, tmp_path / "last.ckpt", {"config": text}, monkeypatch)
+    for command in ("fit", "test"):
+        done = Child(main, [command, "--ckpt_path", "last.ckpt"], cwd=tmp_path).wait()
+        assert done.status == 0, done
+    assert (tmp_path / "x.d/exp.v2").is_dir()
+
+
 def test_the_name_of_a_checkpoint_does_not_make_a_class_trusted(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +531,7 @@ def test_a_class_of_the_users_own_is_trusted_once_the_user_names_it(
 
 
 LAUGHS = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 12))
+NEST = f"b0: &b0 [1]\n{LAUGHS}\n"
 CONTENTS: dict[str, dict[str, Any]] = {
     "no weights": {"state_dict": None},
     "weights that are none": {"state_dict": {"network.head.weight": "text"}},
@@ -513,7 +539,10 @@ CONTENTS: dict[str, dict[str, Any]] = {
     "a config that is none": {"config": "text"},
     "a config that is not YAML": {"config": "{"},
     "a config with itself inside": {"config": "trainer: &a\n  callbacks: *a\n"},
-    "a config that refers to itself a milliard times": {"config": f"b0: &b0 [1]\n{LAUGHS}\n"},
+    "a text that refers to itself a milliard times": {
+        "config": f"data: {{class_path: src.data.Shapes10, init_args: {{feed: {json.dumps(NEST)}}}}}"
+    },
+    "a config that refers to itself a milliard times": {"config": NEST},
     "a config with a trainer that is none": {"config": "trainer: 5"},
     "a version that is none": {"pytorch-lightning_version": "text"},
     "a version long past": {"pytorch-lightning_version": "0.0.1"},
