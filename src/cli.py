@@ -59,7 +59,7 @@ from src.live.weights import LiveWeights, Version
 from src.messages import name_reason
 from src.options import DEFAULTS, EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
 from src.step_loop import StepLoop
-from src.trust import leaves, stored_config
+from src.trust import leaves, refuse_strangers, stored_config
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
@@ -177,7 +177,10 @@ class CLI(LightningCLI):
         if self.live is not None:
             if ckpt_path is not None:
                 raise UsageError("ckpt_path and live exclude each other: give one of them")
-            base = yaml.safe_dump(_inherited(run_config(self.live), command), sort_keys=False)
+            config = _inherited(run_config(self.live), command)
+            said = [w for w in args if Path(w.removeprefix("--live=")) != self.live]  # its name is no trust in it
+            refuse_strangers(self.live / "config.yaml", config, "\n".join([*said, *texts]), _SECTIONS)
+            base = yaml.safe_dump(config, sort_keys=False)
             args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)
         elif ckpt_path is None:

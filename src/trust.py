@@ -52,6 +52,19 @@ def stored_config(
         check_nesting(config, str(path))
     except (TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise Failure(f"{path} is not a checkpoint of this project: it carries no config") from error
+    refuse_strangers(path, config, named_by_user, sections)
+    for key in ("model", "data", "trainer"):
+        if not isinstance(config.get(key, {}), dict):
+            raise Failure(f"{path} is not a checkpoint of this project: its config has no section {key}")
+    return config
+
+
+def refuse_strangers(path: Path, config: dict[str, Any], named_by_user: str, sections: dict[str, type]) -> None:
+    """Refuse a config that the user has not written if it names what is not trusted; see `stored_config`.
+
+    Raises:
+        Failure: If it does.
+    """
     words = set(re.findall(r"[\w.]+", named_by_user))
     for key, value in leaves(config):
         named = isinstance(value, str) and (value in words or ("/" in value and value in named_by_user))
@@ -60,10 +73,6 @@ def stored_config(
                 f"{path} asks for {value} as {key.replace('/', '.')}, {reason}; "
                 f"if you trust it, name it in a --config of your own"
             )
-    for key in ("model", "data", "trainer"):
-        if not isinstance(config.get(key, {}), dict):
-            raise Failure(f"{path} is not a checkpoint of this project: its config has no section {key}")
-    return config
 
 
 def _distrust(key: str, value: Any) -> str | None:

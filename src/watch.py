@@ -45,6 +45,13 @@ def main(args: Sequence[str]) -> int:
     parser = OneLineParser(prog="python -m src watch", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run, e.g. lightning_logs/version_0")
     parser.add_argument("--once", action="store_true", help="score the newest weights, and end")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="RUN/config.yaml, if you trust it: the classes of your own that it names are imported",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, or one of several: cuda:1")
     try:
         options = parser.parse_args(args)
@@ -57,7 +64,8 @@ def main(args: Sequence[str]) -> int:
         torch.set_num_threads(1)
     if hasattr(os, "nice"):
         os.nice(_NICE)
-    words = ["validate", "--live", str(options.run), "--trainer.accelerator", kind]
+    words = ["validate", *(f"--config={name}" for name in options.config)]
+    words += ["--live", str(options.run), "--trainer.accelerator", kind]
     words += ["--trainer.devices", f"[{index}]" if index else "1"]
     words += ["--trainer.enable_progress_bar", "false"]
     return run(words, partial(Watch, once=options.once))

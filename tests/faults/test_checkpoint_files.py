@@ -33,6 +33,7 @@ from src.checkpoint_io import VerifiedCheckpointIO, commit, fix, manifest, pack,
 from src.cli import main
 from src.errors import Failure
 from src.live.files import write_whole
+from src.watch import main as watch
 from tests.faults.breakers import SMALL, Child, refused
 
 FIT = [argument for argument in SMALL if "Weak" not in argument]  # with the CNN, whose class a checkpoint may name
@@ -528,6 +529,24 @@ def test_a_class_of_the_users_own_is_trusted_once_the_user_names_it(
     (tmp_path / "own.py").write_text("from src.networks import CNN\nclass Net(CNN): pass")
     named = ["test", "--ckpt_path=own.ckpt", "--model.network=own.Net"]
     assert Child(main, named, cwd=tmp_path).wait().status == 0
+
+
+def test_what_the_config_of_a_run_names_is_imported_once_the_user_names_it(tmp_path: Path) -> None:
+    run = tmp_path / "lightning_logs/evil_run"
+    (run / "live").mkdir(parents=True)
+    (run / "own.py").write_text("open(__file__ + '.run', 'w').close()\nfrom src.networks import CNN as Net")
+    name = "lightning_logs.evil_run.own.Net"
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"model": {"network": {"class_path": name}}, "data": {"class_path": "src.data.Shapes10"}})
+    )
+    shown = run.relative_to(tmp_path)
+    for function, words in ((watch, [str(shown)]), (main, ["validate", f"--live={shown}"])):
+        line = refused(Child(function, words, cwd=tmp_path).wait())
+        assert line.startswith(f"{shown}/config.yaml asks for {name} as model.network.class_path, which is not a class")
+        assert not (run / "own.py.run").exists()
+        named = Child(function, [*words, f"--config={shown}/config.yaml"], cwd=tmp_path).wait()
+        assert "publishes no weights" in refused(named)
+        (run / "own.py.run").unlink()
 
 
 LAUGHS = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 12))
