@@ -80,7 +80,7 @@ def _distrust(key: str, value: Any) -> str | None:
 
     The parser imports what is named where a class or a function is due, and reads a file that is named instead of it.
     """
-    if not re.fullmatch(r"\w+(/\w+)*", key):
+    if not re.fullmatch(r"\w+(/\w+)*", key) or key.split("/")[0].isdigit():
         return "a key that no config of this project has"
     name = next(part for part in reversed(key.split("/")) if not part.isdigit())
     if not isinstance(value, str | int | float | bool | None):
@@ -184,7 +184,9 @@ def check_content(path: Path, checkpoint: Any) -> None:
         stored = checkpoint.get(key, {})
         if not isinstance(stored, dict):
             raise Failure(f"{path} is not a checkpoint of this project: its {key} are none")
-        for name in class_paths({k: v for k, v in stored.items() if k in ("_class_path", "_instantiator")}):
+        for name in (stored[k] for k in ("_class_path", "_instantiator") if k in stored):
+            if not isinstance(name, str):
+                raise Failure(f"{path} is not a checkpoint of this project: a class in its {key} has no name")
             if not name.startswith(TRUSTED):
                 raise Failure(f"{path} asks for {name}, which is not of this project; nothing in it was run")
 

@@ -371,6 +371,7 @@ def hostile(trained: Path, path: Path, change: dict[str, Any], monkeypatch: pyte
     """Write a checkpoint with some keys changed, and a manifest that is right."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_io, "leaves", lambda *_: iter(()))  # an attacker's version would not look
+        patch.setattr(checkpoint_io, "_copied", lambda value, _: value)
         commit(serialize(read(trained / "last.ckpt") | change, path), path)
 
 
@@ -551,10 +552,15 @@ def test_what_the_config_of_a_run_names_is_imported_once_the_user_names_it(tmp_p
 
 LAUGHS = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 12))
 NEST = f"b0: &b0 [1]\n{LAUGHS}\n"
+endless: list[Any] = ["src.networks.CNN"]
+for _ in range(60):
+    endless = [endless, endless]
 CONTENTS: dict[str, dict[str, Any]] = {
     "no weights": {"state_dict": None},
     "weights that are none": {"state_dict": {"network.head.weight": "text"}},
     "hyper-parameters that are none": {"hyper_parameters": "text"},
+    "a name of a class that has no end": {"hyper_parameters": {"_class_path": endless}},
+    "a key that is a number": {"config": "5: text"},
     "a config that is none": {"config": "text"},
     "a config that is not YAML": {"config": "{"},
     "a config with itself inside": {"config": "trainer: &a\n  callbacks: *a\n"},
@@ -573,7 +579,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("command", "what"), [*(("fit", what) for what in CONTENTS), *(("test", what) for what in list(CONTENTS)[:6])]
+    ("command", "what"), [*(("fit", what) for what in CONTENTS), *(("test", what) for what in list(CONTENTS)[:8])]
 )
 def test_strange_content_is_refused_in_one_line_or_has_no_influence(
     trained: Path, tmp_path: Path, command: str, what: str, monkeypatch: pytest.MonkeyPatch
