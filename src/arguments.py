@@ -3,7 +3,7 @@
 import inspect
 import json
 import pydoc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,10 @@ def check_nesting(value: Any, name: str, deepest: int = 30, most: int = 100_000)
     """
     level, count = [value], 0
     for _ in range(deepest):
-        level = [item for v in level for item in _items(v)]
-        count += len(level)
-        if count > most:
+        count += sum(len(_items(v)) for v in level)
+        if count > most:  # before they are gathered: a list may be named as often as it is long
             break
+        level = [item for v in level for item in _items(v)]
         if not level:
             return
     raise UsageError(f"config: {name} is nested too deeply, or refers to itself")
@@ -215,7 +215,7 @@ def _may_be_null(path: str, name: str) -> bool:
     return True
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: Any) -> Collection[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 

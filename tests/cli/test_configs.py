@@ -1,12 +1,15 @@
 """Every recipe and preset says what it means: it loads, prints, loads again, and resolves to what is written in it."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from src.arguments import check_nesting
 from src.cli import main
+from src.errors import UsageError
 from tests.conftest import CONFIGS, TINY, run_src
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -204,3 +207,12 @@ def test_a_network_of_the_user_is_wrapped_like_ours(
     assert main(["test", "--ckpt_path", checkpoint]) == 1, "a class from a checkpoint alone is not trusted"
     assert main(["test", "--ckpt_path", checkpoint, "--model.network", "mynet.Linear"]) == 0
     assert main(printed.split("python -m src ")[1].split()) == 0, "the command that was printed knows"
+
+
+def test_a_config_that_would_unfold_is_refused_before_it_is_unfolded() -> None:
+    rows = [[0] * 5000] * 5000
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="nested too deeply"):
+        check_nesting({"rows": rows}, "x.yaml")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
