@@ -50,7 +50,7 @@ from src.checkpoint_io import VerifiedCheckpointIO, read
 from src.checks import check_config, check_run
 from src.classifier import ImageClassifier
 from src.data import ImageData
-from src.errors import Failure, Interrupted, UsageError, refuse
+from src.errors import Failure, Interrupted, UsageError, refuse, visible
 from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
 from src.leftovers import leftovers
 from src.live.journal import Journal
@@ -436,7 +436,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(visible(line) + "\n")
     sys.stdout.flush()
 
 

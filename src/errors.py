@@ -35,10 +35,19 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+def visible(text: str) -> str:
+    r"""Return a text with what a stranger may have put into it, to move the cursor or to begin a line, made visible.
+
+    >>> visible("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def refuse(error: UsageError | Failure) -> int:
     """Tell an error in one line, and return the exit status. ``LIVE_CIFAR10_TRACEBACK=1`` shows where it comes from."""
     if os.environ.get("LIVE_CIFAR10_TRACEBACK"):
         traceback.print_exception(sys.exception() or error)
-    line = " ".join(str(error).split())
+    line = visible(" ".join(str(error).split()))
     sys.stderr.write(f"error: {line if len(line) < 1000 else f'{line[:700]} … {line[-300:]}'}\n")
     return 2 if isinstance(error, UsageError) else 1

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from src.errors import Failure, OneLineParser, UsageError, refuse
+from src.errors import Failure, OneLineParser, UsageError, refuse, visible
 from src.live.commands import VERBS, Command, new_command, send
 from src.live.journal import Journal
 
@@ -161,5 +161,4 @@ def _text(value: Any) -> str:
 def _say(line: str) -> None:
     """Print one line, whatever a stranger has put into it to move the cursor or to begin another."""
     encoding = sys.stdout.encoding or "utf-8"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.write(visible(line).encode(encoding, "backslashreplace").decode(encoding) + "\n")

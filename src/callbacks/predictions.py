@@ -15,6 +15,7 @@ from torch import Tensor
 from src.checkpoint_io import commit
 from src.data import Batch
 from src.data.images import ImageFiles
+from src.errors import visible
 
 
 class Predictions(pl.Callback):
@@ -51,15 +52,16 @@ class Predictions(pl.Callback):
         loader: Any = trainer.predict_dataloaders
         assert isinstance(loader, ImageFiles)
         self.unreadable = loader.unreadable
-        width = max((len(str(loader.files[i])) for i in self._rows), default=0)
+        names = {i: visible(str(loader.files[i])) for i in self._rows}
+        width = max(map(len, names.values()), default=0)
         table = io.StringIO(newline="")
         writer = csv.writer(table)
         writer.writerow(["file", "class", "probability"])
         for i, (name, probability) in sorted(self._rows.items()):
             writer.writerow([loader.files[i], name, f"{probability:.6f}"])
-            sys.stdout.write(f"{loader.files[i]!s:{width}}  {name}  {probability:.4f}\n")
+            sys.stdout.write(f"{names[i]:{width}}  {name}  {probability:.4f}\n")
         for path, reason in self.unreadable.items():
-            sys.stderr.write(f"error: {path}: {reason}\n")
+            sys.stderr.write(f"error: {visible(f'{path}: {reason}')}\n")
         # The name of a file need not be UTF-8: its bytes are kept.
         commit(table.getvalue().encode("utf-8", "surrogateescape"), self.path)
         sys.stdout.write(f"written: {self.path}\n")

@@ -168,7 +168,7 @@ def test_predict_names_class_and_probability_of_any_image_and_the_unreadable(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are UTF-8")
 def test_files_of_any_name_are_predicted_whatever_the_output_can_show(run: Path, tmp_path: Path) -> None:
-    names = ["a.png", "猫.png", os.fsdecode(b"bad\xff.png")]
+    names = ["a.png", "猫.png", os.fsdecode(b"bad\xff.png"), "\x1b]0;x\a.png"]
     for name in names:
         Image.new("RGB", (32, 32)).save(tmp_path / name)
     command = ["predict", "--ckpt_path", str(run / "checkpoints/last.ckpt"), "--data.images", str(tmp_path)]
@@ -177,7 +177,7 @@ def test_files_of_any_name_are_predicted_whatever_the_output_can_show(run: Path,
     for words in ([sys.executable, "-m", "src", *command], ["sh", "-c", closed, "sh", *command]):
         (run / "predictions.csv").unlink(missing_ok=True)
         done = subprocess.run(words, env=env, capture_output=True, check=False)
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert (done.returncode, done.stderr, b"\x1b" in done.stdout) == (0, b"", False)
         written = (run / "predictions.csv").read_bytes()
         assert all(os.fsencode(name) in written for name in names)
 

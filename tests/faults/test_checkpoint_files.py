@@ -387,6 +387,7 @@ def refused_without_running(folder: Path, command: str = "test", name: str = "ba
     assert not (folder / "marker").exists(), f"code from the checkpoint was run: {done}"
     line = refused(done)
     assert name in line
+    assert line.isprintable()
     assert done.out == "", "it began"
     return line
 
@@ -465,6 +466,7 @@ CONFIGS: dict[str, Any] = {
     "a file in the home folder": {"model": {"network": "~/network"}},
     "a config in a text": {"model": {"network": "{class_path: evil.Net}"}},
     "somebody else's class by way of ours": {"model": {"network": {"class_path": "src.cli.os.system"}}},
+    "a name that would set the terminal's title": {"model": {"network": {"class_path": "\x1b]0;x\aevil.Net"}}},
     "a class for one of some words": {"model": {"tta": "evil.Net"}},
     "a class for a word of a class": {"model": {"network": {"init_args": {"norm": "evil.Net"}}}},
     "a class for a number": {"model": {"label_smoothing": "evil.Net"}},
