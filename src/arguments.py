@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import pydoc
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:
     while words:
         word = words.pop(0)
         name, _, first = word.partition("=")
-        if name != option or (first or next(iter(words), "")).startswith("["):  # a list already
+        text = first or next(iter(words), "")
+        if name != option or (text.startswith("[") and not os.path.exists(text)):  # noqa: PTH110 # a list already
             joined.append(word)
             continue
         paths = [first] if first else []

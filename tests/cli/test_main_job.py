@@ -162,6 +162,8 @@ def test_predict_names_class_and_probability_of_any_image_and_the_unreadable(
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
     assert rows[0]["class"] in captured.out
     assert main(["predict", "--ckpt_path", "best", "--data.images", "pictures"]) == 0
+    Image.new("L", (5, 9), 7).save("[1].png")
+    assert main(["predict", "--ckpt_path", "best", "--data.images", "[1].png"]) == 0
     assert main(["predict", "--ckpt_path", "best"]) == 1
     assert "no image given" in capsys.readouterr().err
 
