@@ -79,8 +79,11 @@ def check_config(command: str, config: Namespace) -> str:
             "trainer.reload_dataloaders_every_n_epochs: leave it out: a loader draws each epoch anew by itself, and "
             "holds what has been fed and steered"
         )
-    if "\0" in str(trainer.default_root_dir):
+    folder = str(trainer.default_root_dir)
+    if "\0" in folder:
         raise UsageError("trainer.default_root_dir: no path has a NUL in it")
+    if folder.encode("utf-8", "replace").decode() != folder:  # nor TensorBoard nor YAML could write it down
+        raise UsageError(f"trainer.default_root_dir: {folder} is not text in UTF-8")
     accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
     device = device_type(accelerator)
     if accelerator in ("gpu", "cuda", "mps") and device == "cpu":

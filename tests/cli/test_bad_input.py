@@ -53,6 +53,7 @@ BAD_ARGUMENTS = [
         ["fit", "--trainer.accelerator=cpu", "--trainer.devices=2", "--data.batch_size=1"],
         "data.batch_size: 1 is less than the number of devices, 2",
     ),
+    (["fit", "--trainer.default_root_dir=caf\udce9"], "trainer.default_root_dir: caf\\udce9 is not text in UTF-8"),
     (["fit", "--checkpoint.mode", "big"], "checkpoint.mode: 'big' is not valid; expected one of max, min"),
     (["fit", "--data", "CIFAR100"], "data: there is no class CIFAR100; there are CIFAR10, Shapes10"),
     (["fit", "--model.network", "CNNN"], "model.network: there is no class CNNN; there are CNN, ResNet"),
