@@ -56,6 +56,24 @@ def only(args: Sequence[str], options: Iterable[str]) -> list[str]:
     return kept
 
 
+def read_pipes(args: Sequence[str]) -> list[str]:
+    """Return a command line with the texts of configs that can be read only once, as from a pipe, for their names."""
+    words: list[str | None] = list(args)
+    for i, word in enumerate(args):
+        place = i + 1 if word in ("--config", "-c") and i + 1 < len(args) else i
+        name = args[place] if place > i else word.partition("=")[2] if word.startswith("--config=") else ""
+        if name and os.path.exists(name) and not Path(name).is_file() and not Path(name).is_dir():  # noqa: PTH110
+            try:
+                text = Path(name).read_text(encoding="utf-8")
+            except OSError as error:
+                raise Failure(f"config: {name} cannot be read ({error.strerror})") from error
+            except UnicodeDecodeError as error:
+                raise UsageError(f"config: {name} is not text in UTF-8") from error
+            words[place] = None
+            words[i] = f"--config={text}\n"  # in one word, as it may begin with ---
+    return [word for word in words if word is not None]
+
+
 def config_texts(args: Sequence[str]) -> list[str]:
     """Return the contents of the configs named on a command line, as far as they can be read.
 
@@ -72,7 +90,7 @@ def config_texts(args: Sequence[str]) -> list[str]:
         except UnicodeDecodeError as error:
             raise UsageError(f"config: {name} is not text in UTF-8") from error
         except (OSError, ValueError):  # said better by the parser; or it is no file, but the config itself
-            continue
+            text, name = (name, "the text that is given") if "\n" in name else (None, name)
         if text is None:
             continue
         try:

@@ -29,7 +29,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from src import __version__
-from src.arguments import config_texts, find_checkpoint, join_paths, only, refuse_linked, run_config, run_folder
+from src.arguments import (
+    config_texts,
+    find_checkpoint,
+    join_paths,
+    only,
+    read_pipes,
+    refuse_linked,
+    run_config,
+    run_folder,
+)
 from src.callbacks.checkpoint import Checkpoint
 from src.callbacks.compiling import Compiling
 from src.callbacks.console import progress_callback
@@ -155,7 +164,7 @@ class CLI(LightningCLI):
                 network.init_args = type(network)()
             return config
 
-        args = join_paths(args)
+        args = read_pipes(join_paths(args))
         Parser.command_line = args
         texts = config_texts(args)
         early = bool(args) and args[0].partition("=")[0] in ("--config", "-c")

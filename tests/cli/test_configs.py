@@ -1,5 +1,6 @@
 """Every recipe and preset says what it means: it loads, prints, loads again, and resolves to what is written in it."""
 
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,24 @@ def test_a_config_that_would_unfold_is_refused_before_it_is_unfolded() -> None:
         check_nesting({"rows": rows}, "x.yaml")
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+def test_a_config_may_come_from_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    def say(text: str) -> str:
+        reading, writing = os.pipe()
+        pipes.append(reading)
+        os.write(writing, text.encode())
+        os.close(writing)
+        return f"/dev/fd/{reading}"
+
+    pipes: list[int] = []
+    for words in (["--config", say("---\ntrainer: {max_epochs: 3}")], [f"--config={say('trainer: {max_epochs: 3}')}"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", *words, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == 3
+    assert main(["fit", "--config", say("a: 1\na: 2")]) == 2
+    assert capsys.readouterr().err == "error: config: the text that is given: a is given twice, in lines 1, 2\n"
+    assert main(["fit", "--config", say("")]) == 2
+    assert "has no keys" in capsys.readouterr().err
+    for pipe in pipes:
+        os.close(pipe)
