@@ -68,7 +68,7 @@ from src.live.weights import LiveWeights, Version
 from src.messages import name_reason
 from src.options import DEFAULTS, EPILOG, HELP, SUBCOMMANDS, Parser, add_options, describe_options
 from src.step_loop import StepLoop
-from src.trust import leaves, refuse_strangers, stored_config
+from src.trust import leaves, refuse_elsewhere, refuse_strangers, stored_config
 
 # What Lightning tells in every run; each is said better by our own lines, or is advertising.
 _NOISE = ("💡", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Restor", "Loaded model",
@@ -208,6 +208,10 @@ class CLI(LightningCLI):
             self.config = parse(args)
             self.config[command].ckpt_path = str(self.checkpoint)
             self._note_changes(stored, content["global_step"])
+            if command == "fit":
+                if self.resumed is not None:  # it goes on in that folder, wherever it has been moved to
+                    stored["trainer"].pop("default_root_dir", None)
+                refuse_elsewhere(self.checkpoint, stored, "\n".join([*said, *texts]), _own_places(self.checkpoint))
         if command == "fit":
             now = self.config[command].as_dict()
             self.leftovers = leftovers(args, now, lambda words: parse(words)[command].as_dict())
@@ -422,6 +426,12 @@ def _heard_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+
+
+def _own_places(checkpoint: Path) -> list[Path]:
+    """Return where a fit may write that goes on from a checkpoint: here, and where the checkpoint's run is."""
+    run = run_folder(checkpoint)
+    return [Path(), run.parent.parent if run.parent.name == "lightning_logs" else run]
 
 
 def _inherited(stored: dict[str, Any], command: str) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Trusted are classes of this project, torch's optimizers, Lightning's, and those 
 """
 
 import importlib
+import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,39 @@ def refuse_strangers(path: Path, config: dict[str, Any], named_by_user: str, sec
                 f"{path} asks for {value} as {key.replace('/', '.')}, {reason}; "
                 f"if you trust it, name it in a --config of your own"
             )
+
+
+def refuse_elsewhere(path: Path, config: dict[str, Any], named_by_user: str, inside: Sequence[Path]) -> None:
+    """Refuse a checkpoint's config by which a fit would write where the user has not said that it may.
+
+    Args:
+        path: The checkpoint.
+        config: What it carries.
+        named_by_user: Text of the user's own configs and command line: what is named there may be written to.
+        inside: Folders that may be written to.
+
+    Raises:
+        Failure: If it would.
+    """
+    for key, value in elsewhere(config, inside):
+        if value not in named_by_user:
+            raise Failure(
+                f"{path} would have the fit write to {value}, by {key.replace('/init_args', '').replace('/', '.')}; "
+                f"if you trust it, name that in a --config of your own"
+            )
+
+
+def elsewhere(config: dict[str, Any], inside: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a Trainer's config, by their keys, that lead out of some folders, whatever they are for."""
+    for key, value in leaves(config.get("trainer", {}), "trainer"):
+        if not isinstance(value, (str, Path)):
+            continue
+        there = Path(os.path.expandvars(os.path.expanduser(value)))  # noqa: PTH111 # which takes unknown users
+        if not there.is_absolute() and ".." not in there.parts:
+            continue
+        found = Path(os.path.realpath(str(there).replace("\0", "")))
+        if not any(found.is_relative_to(os.path.realpath(folder)) for folder in inside):
+            yield key, str(value)
 
 
 def _distrust(key: str, value: Any) -> str | None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.checkpoint_io import commit
 from src.errors import Failure
-from src.trust import TRUSTED, class_paths
+from src.trust import TRUSTED, class_paths, elsewhere
 
 if TYPE_CHECKING:  # TensorBoard is imported where it is used: the help does without
     from torch.utils.tensorboard import SummaryWriter
@@ -205,12 +205,16 @@ class RunRecord(SaveConfigCallback):
 
 
 def option_of_own(trainer: pl.Trainer, run: Path) -> str:
-    """Return what a command needs beside a checkpoint whose config names classes of the user's own.
+    """Return what a command needs beside a checkpoint whose config names classes of the user's own, or other places.
 
     They are not trusted in a checkpoint, but are in a config.
     """
     record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined] # set outside of __init__
-    if record is None or all(name.startswith(TRUSTED) for name in class_paths(record.config.as_dict())):
+    if record is None:
+        return ""
+    config = record.config.as_dict()
+    own = any(not name.startswith(TRUSTED) for name in class_paths(config))
+    if not own and all(key == "trainer/default_root_dir" for key, _ in elsewhere(config, [Path(), run])):
         return ""
     return f" --config {shlex.quote(os.path.relpath(run / 'config.yaml'))}"
 

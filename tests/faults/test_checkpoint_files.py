@@ -7,6 +7,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -512,6 +513,42 @@ def test_texts_and_words_of_a_stored_config_may_read_like_classes_configs_or_fil
         done = Child(main, [command, "--ckpt_path", "last.ckpt"], cwd=tmp_path).wait()
         assert done.status == 0, done
     assert (tmp_path / "x.d/exp.v2").is_dir()
+
+
+@pytest.mark.parametrize("way", ["dirpath", "filename", "save_dir", "default_root_dir"])
+def test_a_checkpoint_does_not_make_a_fit_write_elsewhere(
+    trained: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(read(trained / "last.ckpt")["config"])
+    victim, here = tmp_path / "victim", tmp_path / "here"
+    for folder in (victim, here):
+        folder.mkdir()
+    place = "../../../../victim/file" if way == "filename" else str(victim)
+    keeper = {"class_path": f"{pl.__name__}.callbacks.ModelCheckpoint", "init_args": {way: place}}
+    logger = {"class_path": f"{pl.__name__}.loggers.CSVLogger", "init_args": {"save_dir": place}}
+    ways: dict[str, Any] = {"save_dir": {"logger": logger}, "default_root_dir": {"default_root_dir": place}}
+    change = {"trainer": ways.get(way, {"callbacks": [keeper]})}
+    hostile(trained, here / "last.ckpt", {"config": yaml.safe_dump(merged(config, change))}, monkeypatch)
+    done = Child(main, ["fit", "--ckpt_path", "last.ckpt"], cwd=here).wait()
+    assert f"last.ckpt would have the fit write to {place}, by trainer." in refused(done)
+    assert not list(victim.iterdir())
+    assert Child(main, ["test", "--ckpt_path", "last.ckpt"], cwd=here).wait().status == 0
+    (here / "own.yaml").write_text(yaml.safe_dump(change))
+    more = ["--config=own.yaml", "--trainer.max_epochs=3"]
+    assert Child(main, ["fit", *more, "--ckpt_path", "last.ckpt"], cwd=here).wait().status == 0
+    assert list(victim.iterdir())
+
+
+def test_a_run_that_writes_to_other_places_says_how_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    there = tmp_path / "there"
+    logger = f"--trainer.logger={{class_path: CSVLogger, init_args: {{save_dir: {there}}}}}"
+    for options, needed in (([logger], True), ([f"--trainer.default_root_dir={there}"], False)):
+        done = Child(main, ["fit", *FIT, *options], cwd=tmp_path / "here").wait()
+        command = re.findall(r"^test: +python -m src test (.*)$", done.out, re.MULTILINE)[0].split()
+        assert ("--config" in command) == needed
+        done = Child(main, ["fit", *command, "--trainer.max_epochs=3"], cwd=tmp_path / "here").wait()
+        assert (done.status, done.err) == (0, "")
 
 
 def test_the_name_of_a_checkpoint_does_not_make_a_class_trusted(
