@@ -73,6 +73,7 @@ RECIPES: dict[str, list[str]] = {
     "validate_rarely": ["--trainer.check_val_every_n_epoch=2"],
     "no_validation": ["--data.val_size=0", "--data.batch_size=20"],
     "accumulate_in_chunks": [
+        ONE_CYCLE,
         "--trainer.accumulate_grad_batches=2",
         "--trainer.val_check_interval=5",
         "--chunk_size=4",

@@ -6,12 +6,14 @@ same way and left alone, and so does its replay from scratch.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.callbacks.controls import _size_problem
 from src.checkpoint_io import commit, serialize
 from src.live.journal import Journal
 from tests.faults.probe import (
@@ -206,6 +208,20 @@ def test_an_option_undoes_what_was_steered_though_the_config_has_it_so() -> None
     assert "label_smoothing" not in checkpoint["steering"]["values"]
     done = fit("--ckpt_path", LAST, "--model.optimizer.lr=0.05", "--trainer.max_steps=7", *with_steerer())
     assert load(RUN)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.05)
+
+
+def test_the_batch_size_can_be_steered_where_validation_goes_by_the_clock() -> None:
+    steered("--trainer.val_check_interval=00:00:01:00", commands={2: [{"set": {"batch_size": 5}}]}, crashes=[])
+    assert load(RUN)["steering"]["values"] == {"batch_size": 5}
+
+
+def test_the_batch_size_can_be_steered_before_there_is_an_image() -> None:
+    trainer: Any = SimpleNamespace(world_size=1, limit_train_batches=1.0)
+    loader: Any = SimpleNamespace(ids=[], growth=SimpleNamespace(room=100))
+    assert _size_problem(trainer, loader, 100) is None
+    assert _size_problem(trainer, loader, 101) == "is out of range: at least 1, below 101"
+    loader = SimpleNamespace(ids=[0] * 30, growth=None)
+    assert _size_problem(trainer, loader, 31) == "is out of range: at least 1, below 31"
 
 
 def test_what_the_command_line_says_beats_what_was_steered() -> None:
