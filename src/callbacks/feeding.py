@@ -296,6 +296,7 @@ class Feeding(pl.Callback):
             if trainer.world_size > 1:
                 segment = trainer.strategy.broadcast(segment)
             assert segment is not None
+            _growth(trainer).check(segment)
             self.join(trainer, module, segment, record)
         else:
             id, label = facts["id"], facts["label"]

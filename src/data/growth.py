@@ -54,6 +54,7 @@ class Growth:
         window: Keep only so many of the newest; none keeps all.
         weight: What the loss of a fed image is multiplied by.
         seed: The run's seed.
+        classes: The number of classes; none is not checked.
 
     Attributes:
         joined: Images that have joined, those that have left again among them.
@@ -62,9 +63,19 @@ class Growth:
     """
 
     def __init__(
-        self, first: int, labels: Tensor, size: int, *, room: int, window: int | None, weight: float, seed: int
+        self,
+        first: int,
+        labels: Tensor,
+        size: int,
+        *,
+        room: int,
+        window: int | None,
+        weight: float,
+        seed: int,
+        classes: int | None = None,
     ) -> None:
         self.first, self.room, self.window, self.weight, self.seed = first, room, window, weight, seed
+        self.size, self.classes = size, classes
         self.joined = 0
         self.events: list[Event] = []
         self.names: dict[str, int] = {}
@@ -90,8 +101,22 @@ class Growth:
         """Images that may still join."""
         return self.room - self.joined if self.window is None else 2**40
 
+    def check(self, segment: Segment) -> None:
+        """Refuse a segment of other data than these, which somebody must have made so.
+
+        Raises:
+            Failure: If it is.
+        """
+        size, most = segment.pixels.shape[1], segment.labels.max(initial=0)
+        if size != self.size or (self.classes is not None and most >= self.classes):
+            raise Failure(
+                f"segment {segment.number}: images of {size} pixels, and of class {most}, are not of these data, which "
+                f"have {self.size} pixels and {self.classes} classes"
+            )
+
     def add(self, segment: Segment) -> Tensor:
         """Take in the images of a segment, and return their ids, int64 on the CPU, those that stay."""
+        self.check(segment)
         count = len(segment.names)
         if self.window is None and count > self.room - self.joined:
             raise Failure(f"data.feed_room: {self.room} images have no room for all that was fed; give more")

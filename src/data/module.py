@@ -242,6 +242,7 @@ class ImageData(pl.LightningDataModule):
                 window=self.replay_only,
                 weight=self.feed_weight,
                 seed=self.seed,
+                classes=self.num_classes,
             )
             if self._fed:
                 assert self.store is not None

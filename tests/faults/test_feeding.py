@@ -3,6 +3,7 @@
 And what is scored before it is learned is what an independent look at the journal, the segments and the weights finds.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -194,6 +195,29 @@ def test_a_segment_that_was_damaged_is_refused_by_name() -> None:
         assert done.err.startswith("error: "), done
         assert "segments/000000.npz has been changed: its SHA-256 is" in done.err
         assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["pixels", "labels"])
+def test_a_segment_of_other_data_is_refused_though_the_journal_has_its_hash(part: str) -> None:
+    fed(plan={1: [4]}, crashes=[])
+    path, live = segment_path(RUN / "live/segments", 0), RUN / "live"
+    with np.load(path) as arrays:
+        parts = dict(arrays)
+    parts[part] = parts[part][:, :16, :16] if part == "pixels" else parts[part] + 10
+    with path.open("wb") as file:
+        np.savez(file, **parts)
+    before, after = Journal(live / "journal.jsonl").read(), hashlib.sha256(path.read_bytes()).hexdigest()
+    (live / "journal.jsonl").unlink()
+    for line in before:
+        effective = line["effective"] | {"sha256": after} if line["kind"] == "segment" else line["effective"]
+        Journal(live / "journal.jsonl").append(
+            line["step"], line["kind"], line["name"], requested=line["requested"], effective=effective, id=line["id"]
+        )
+    PLAN.unlink()
+    done = fit("--config", RUN / "config.yaml", "--replay", RUN, *with_callbacks("Eater"))
+    assert done.status == 1, done
+    assert done.err.startswith("error: segment 0: images of "), done
+    assert done.err.count("\n") == 1
 
 
 def test_a_run_that_goes_on_in_a_folder_of_its_own_takes_what_it_was_fed_with_it() -> None:
