@@ -84,10 +84,8 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"freeze_backbone: {freeze_backbone} is out of range: 0 or more epochs")
         if backbone_lr is not None and not 0 < backbone_lr < math.inf:
             raise ValueError(f"backbone_lr: {backbone_lr} is out of range: above 0")
-        for key in (
-            k for k, given in {"freeze_backbone": freeze_backbone, "backbone_lr": backbone_lr}.items() if given
-        ):
-            if not hasattr(network, "head"):
+        for key, given in (("freeze_backbone", freeze_backbone), ("backbone_lr", backbone_lr)):
+            if given and not hasattr(network, "head"):
                 raise ValueError(f"{key}: {type(network).__name__} has no head, which its last layer is to be called")
         classes = getattr(getattr(selection and selection.network, "head", None), "out_features", num_classes)
         if classes != num_classes:

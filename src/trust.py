@@ -89,7 +89,8 @@ def refuse_elsewhere(path: Path, config: dict[str, Any], named_by_user: str, ins
         Failure: If it would.
     """
     for key, value in elsewhere(config, inside):
-        if value not in named_by_user:
+        # As a whole: who names /home/me/data has not named /home/me.
+        if not re.search(rf"(?<![\w/.-]){re.escape(value)}(?![\w/.-])", named_by_user):
             raise Failure(
                 f"{path} would have the fit write to {value}, by {key.replace('/init_args', '').replace('/', '.')}; "
                 f"if you trust it, name that in a --config of your own"

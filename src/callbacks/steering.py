@@ -83,9 +83,13 @@ class Steering(pl.Callback):
     ) -> None:
         """Keep what has been steered, and which commands have been done since this very step."""
         done = self._done if self._done_step == trainer.global_step else []
-        steps = None if trainer.train_dataloader is None else total_steps(trainer)
-        values = {"values": dict(self._steered), "done": list(done), "resized": self._resized, "total_steps": steps}
-        checkpoint["steering"] = values | {"lr_ratio": self._lr_ratio}
+        checkpoint["steering"] = {
+            "values": dict(self._steered),
+            "lr_ratio": self._lr_ratio,
+            "done": list(done),
+            "resized": self._resized,
+            "total_steps": None if trainer.train_dataloader is None else total_steps(trainer),
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -26,7 +26,7 @@ def shrink(pixels: Tensor, side: int) -> Tensor:
 def by_products(pixels: Tensor, side: int) -> Tensor:
     """As `shrink`, by two matrix products: torchvision's is made for few large images, and takes a GPU longer.
 
-    A level of 255 may be the next one, as sums are rounded otherwise.
+    A pixel may differ from it by one of 255 levels, as sums are rounded otherwise.
     """
     count, height, width, channels = pixels.shape
     across = _weights(width, side, channels, pixels.device).mT

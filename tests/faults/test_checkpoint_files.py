@@ -531,6 +531,9 @@ def test_a_checkpoint_does_not_make_a_fit_write_elsewhere(
     hostile(trained, here / "last.ckpt", {"config": yaml.safe_dump(merged(config, change))}, monkeypatch)
     done = Child(main, ["fit", "--ckpt_path", "last.ckpt"], cwd=here).wait()
     assert f"last.ckpt would have the fit write to {place}, by trainer." in refused(done)
+    (here / "data.yaml").write_text(f"data: {{init_args: {{feed: {place}/deeper}}}}")  # which names another place
+    done = Child(main, ["fit", "--config=data.yaml", "--ckpt_path", "last.ckpt"], cwd=here).wait()
+    assert f"last.ckpt would have the fit write to {place}, by trainer." in refused(done)
     assert not list(victim.iterdir())
     assert Child(main, ["test", "--ckpt_path", "last.ckpt"], cwd=here).wait().status == 0
     (here / "own.yaml").write_text(yaml.safe_dump(change))

@@ -404,14 +404,20 @@ def test_the_process_may_be_killed_at_any_time_and_each_image_comes_once(fed: Fe
 def test_a_file_that_ends_the_process_twice_is_refused(
     fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "python").mkdir()
-    (tmp_path / "python/sitecustomize.py").write_text(
+    end_over_the_second_image(
         "import os\nfrom PIL import Image\nreal = Image.open\n"
         "def crash(file, *args, **kwargs):\n"
         "    os.kill(os.getpid(), 11 if b'POISON' in file.getvalue() else 0)\n"
         "    return real(file, *args, **kwargs)\n"
-        "Image.open = crash\n"
-    )
+        "Image.open = crash\n",
+        fed, tmp_path, monkeypatch,
+    )  # fmt: skip
+
+
+def end_over_the_second_image(code: str, fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process that reads begin with some code, by which it ends over a file with POISON in it."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python/sitecustomize.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
     for number in range(3):
         save(fed.folder / f"cat/{number}.png", number)
@@ -424,23 +430,16 @@ def test_a_file_that_ends_the_process_twice_is_refused(
 def test_a_file_that_takes_a_minute_of_the_processor_is_refused(
     fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "python").mkdir()
-    (tmp_path / "python/sitecustomize.py").write_text(
+    end_over_the_second_image(
         "import hashlib, signal\nfrom PIL import Image\nreal, limit = Image.open, signal.setitimer\n"
         "signal.setitimer = lambda which, seconds: limit(which, seconds / 120)\n"
         "def slow(file, *args, **kwargs):\n"
-        "    while b'SLOW' in file.getvalue():\n"
+        "    while b'POISON' in file.getvalue():\n"
         "        hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # in C, and never back in Python
         "    return real(file, *args, **kwargs)\n"
-        "Image.open = slow\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
-    for number in range(3):
-        save(fed.folder / f"cat/{number}.png", number)
-    (fed.folder / "cat/1.png").write_bytes(png(noise(1)) + b"SLOW")
-    fed.open().until(lambda: len(fed.names) == 2 and len(fed.refused) == 1)
-    assert sorted(fed.names) == ["cat/0.png", "cat/2.png"]
-    assert fed.refused == {"cat/1.png": "it ended the process that read it"}
+        "Image.open = slow\n",
+        fed, tmp_path, monkeypatch,
+    )  # fmt: skip
 
 
 def test_a_feed_that_ends_again_and_again_is_given_up_in_one_line(
