@@ -36,7 +36,7 @@ together() { # parts and their seconds, in pairs
     done
 }
 more=("$@")
-together sync 120 resume 120 time94 260 time96 330
-together images 80 live 80
-together user 70
+together sync 120 resume 120 time94 260 time96 320
+together images 75 live 75
+together user 85
 exit $status

@@ -1,5 +1,6 @@
 """``python -m src``: see the sub-commands with ``--help``."""
 
+import atexit
 import gc
 import os
 import select
@@ -27,6 +28,7 @@ def main() -> int:
     # To look for garbage while modules are loaded takes a fifth of the time, and finds next to none; to look through
     # them later on stops training for a fifth of a second.
     gc.disable()
+    atexit.register(_end_in_silence)  # the first to be registered is the last to be called
     run: Callable[[list[str]], int] = import_module(_LIGHT.get(name, "src.cli")).main
     gc.freeze()
     gc.enable()
@@ -40,6 +42,17 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     return status
+
+
+def _end_in_silence() -> None:
+    """Close the error output where Triton is loaded, now that everything has been said.
+
+    Triton from 3.9 on, which torchvision from 0.29.2 on loads, prints 31 lines of what nothing frees before a process
+    ends, and that is all that ``main`` has frozen. To free it would take a third of a run's start once more. Triton's
+    own processes close this output, too.
+    """
+    if "triton" in sys.modules:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _make_writable() -> None:

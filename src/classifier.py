@@ -108,6 +108,8 @@ class ImageClassifier(pl.LightningModule):
             # Each size of images or batches and each frozen layer is compiled by itself, as for the proxy; by default
             # torch leaves a network as it is after eight.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            # Else torch 2.11 goes on as if what was frozen stayed so (PyTorch pull request 177158).
+            torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
         if channels_last:
             self.to(memory_format=torch.channels_last)
         # By name, and now: a sharding strategy will flatten the parameters.

@@ -30,10 +30,7 @@ def test_compiling_is_told_of_with_the_step_after_which_it_was_paid(tmp_path: Pa
 def test_a_network_is_compiled_for_more_kinds_of_steps_than_torch_would_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compiler, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda network, dynamic, **_: compile_(network, backend=compiler, dynamic=dynamic)
-    )
+    compiler = _counter(monkeypatch)
     model = ImageClassifier(CNN(), compile="default")
     for images in range(1, 13):
         batch = Batch(
@@ -41,3 +38,23 @@ def test_a_network_is_compiled_for_more_kinds_of_steps_than_torch_would_by_itsel
         )
         model.training_step(batch, 0)
     assert compiler.frame_count == 12
+
+
+def test_what_was_frozen_is_compiled_anew_when_it_begins_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = _counter(monkeypatch)
+    model = ImageClassifier(CNN(), compile="default", freeze_backbone=1)
+    batch = Batch(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64), torch.arange(4), 4)
+    for learns in (False, False, True, True):
+        for parameter in model.network.backbone_parameters():
+            parameter.requires_grad_(learns)
+        model.training_step(batch, 0)
+    assert compiler.frame_count == 2
+
+
+def _counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """Let torch.compile only count what it is to compile."""
+    compiler, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda network, dynamic, **_: compile_(network, backend=compiler, dynamic=dynamic)
+    )
+    return compiler
