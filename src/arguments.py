@@ -253,6 +253,9 @@ def find_checkpoint(name: str, runs: Path) -> Path:
     if "://" in name:
         raise UsageError(f"ckpt_path: {name} is a URL; download it first: checkpoints are read from files alone")
     if name not in ("best", "last"):
+        if (Path(name) / "checkpoints").is_dir():
+            best = Path(name) / "checkpoints" / "best.ckpt"
+            raise Failure(f"ckpt_path: {name} is the folder of a run; give a file, such as {best}")
         if not Path(name).is_file():
             raise Failure(f"ckpt_path: there is no file {name}; give a checkpoint, or best, or last")
         return Path(name)
@@ -260,6 +263,15 @@ def find_checkpoint(name: str, runs: Path) -> Path:
     if not found:
         raise Failure(f"ckpt_path: no run in {runs} has a {name}.ckpt yet; run fit first, or give a file")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def newer_run(checkpoint: Path, runs: Path) -> Path | None:
+    """Return the newest run in a folder, if it began after a checkpoint was written and has none of that name."""
+    begun = {path.parent: path.stat().st_mtime_ns for path in runs.glob("*/config.yaml")}
+    newest = max(begun, key=lambda run: begun[run], default=None)
+    if newest is None or begun[newest] <= checkpoint.stat().st_mtime_ns:
+        return None
+    return None if (newest / "checkpoints" / checkpoint.name).is_file() else newest
 
 
 def run_folder(checkpoint: Path) -> Path:

@@ -1,6 +1,8 @@
 """What is refused before a run begins, by its key: what would hang, do nothing, or could not be gone on with."""
 
 import os
+import pydoc
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -119,6 +121,26 @@ def check_run(command: str, trainer: pl.Trainer, module: ImageClassifier, data: 
             raise UsageError(
                 f"model.{key}: with several devices it needs --trainer.strategy ddp_find_unused_parameters_true"
             )
+
+
+def check_classes(trained: dict[str, Any], data: ImageData) -> None:
+    """Refuse to evaluate weights on other classes than they were trained to tell apart: the numbers would mean nothing.
+
+    Args:
+        trained: The config of the run that the weights are of.
+        data: What they are to be evaluated on.
+
+    Raises:
+        UsageError: If its classes are others.
+    """
+    section = trained.get("data")
+    path = section.get("class_path") if isinstance(section, dict) else None
+    classes = getattr(pydoc.locate(path), "classes", None) if isinstance(path, str) else None
+    if classes is not None and tuple(classes) != tuple(data.classes):
+        raise UsageError(
+            f"data: {type(data).__name__} has other classes than {path}, which the weights were trained on; "
+            f"leave data away, or give a data set with the same classes"
+        )
 
 
 def _check_rank(trainer: pl.Trainer) -> None:

@@ -33,6 +33,7 @@ from src.arguments import (
     config_texts,
     find_checkpoint,
     join_paths,
+    newer_run,
     only,
     read_pipes,
     refuse_linked,
@@ -56,7 +57,7 @@ from src.callbacks.resume import Resume
 from src.callbacks.signals import Signals
 from src.callbacks.steering import Steering
 from src.checkpoint_io import VerifiedCheckpointIO, read
-from src.checks import check_config, check_run
+from src.checks import check_classes, check_config, check_run
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError, refuse, visible
@@ -99,6 +100,8 @@ class CLI(LightningCLI):
         self.resumed: Path | None = None
         self.leftovers: dict[str, str] = {}
         self.step = 0
+        self._weights_config: dict[str, Any] = {}
+        self._newer: Path | None = None
         with _heard_by(self._stop):
             super().__init__(
                 ImageClassifier,
@@ -188,6 +191,7 @@ class CLI(LightningCLI):
                 raise UsageError("ckpt_path and live exclude each other: give one of them")
             config = _inherited(run_config(self.live), command)
             said = [w for w in args if Path(w.removeprefix("--live=")) != self.live]  # its name is no trust in it
+            self._weights_config = config
             refuse_strangers(self.live / "config.yaml", config, "\n".join([*said, *texts]), _SECTIONS)
             base = yaml.safe_dump(config, sort_keys=False)
             args = [*args[:where], f"--config={base}", *args[where:]]
@@ -200,6 +204,7 @@ class CLI(LightningCLI):
         else:
             runs = Path(self.config[command].trainer.default_root_dir or ".") / "lightning_logs"
             self.checkpoint = find_checkpoint(str(ckpt_path), runs)
+            self._newer = newer_run(self.checkpoint, runs) if str(ckpt_path) in ("best", "last") else None
             content = read(self.checkpoint)
             said = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
             stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]), _SECTIONS)
@@ -207,6 +212,7 @@ class CLI(LightningCLI):
             args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)
             self.config[command].ckpt_path = str(self.checkpoint)
+            self._weights_config = stored
             self._note_changes(stored, content["global_step"])
             if command == "fit":
                 if self.resumed is not None:  # it goes on in that folder, wherever it has been moved to
@@ -324,6 +330,8 @@ class CLI(LightningCLI):
         """Refuse what would hang or do nothing, and give an evaluation of a live run its weights."""
         assert self.subcommand is not None
         check_run(self.subcommand, self.trainer, self.model, self.datamodule)
+        if self.subcommand != "fit":
+            check_classes(self._weights_config, self.datamodule)
         if self.live is not None:
             with LiveWeights.open(self.live) as reader:
                 self.take(reader.read(verify=True))
@@ -350,6 +358,8 @@ class CLI(LightningCLI):
                 _say(f"note: {key}: {sentence}")
             if self.checkpoint is not None:
                 _say(f"checkpoint: {self.checkpoint}")
+                if self._newer is not None:
+                    _say(f"note: ckpt_path: {self._newer} is newer, but has no {self.checkpoint.name}")
             if self.live is not None:
                 _say(f"weights: {self.live}, {age_text(self.version)}")
         with warnings.catch_warnings():

@@ -52,8 +52,10 @@ class Report(pl.Callback):
         if not trainer.is_global_zero:
             return
         results = self._print(trainer, pl_module, "test")
-        if trainer.fast_dev_run:  # type: ignore[attr-defined] # set outside of __init__
-            return  # a batch is no test
+        loader: Any = trainer.test_dataloaders
+        if results["images"] < len(loader.ids):
+            Console().print("not written: this was a part of the test set", highlight=False)
+            return
         assert isinstance(pl_module, ImageClassifier)
         commit((json.dumps(results, indent=2) + "\n").encode(), self.folder / "test.json")
         figure = confusion_figure(pl_module.confusion_matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]
@@ -73,6 +75,9 @@ class Report(pl.Callback):
         return {
             **metrics,
             "per_class": per_class,
+            "data": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
+            "images": int(pl_module.confusion_matrix.sum()),
+            "tta": pl_module.tta,
             "checkpoint": str(trainer.ckpt_path),
             "step": self.step,
         }

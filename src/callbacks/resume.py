@@ -29,7 +29,7 @@ Position = Literal["batch", "validated", "validation", "epoch", "cut short", "st
 an epoch does; after an epoch that ``max_steps`` has cut short; or before the first batch of an epoch."""
 
 _SEEDS = 64
-_CUT = ("data.val_size", "train_fraction", "samples_per_class", "split_seed")
+_CUT = ("data.val_size", "data.train_fraction", "data.samples_per_class", "data.split_seed")
 
 
 class Resume(pl.Callback):
@@ -72,7 +72,8 @@ class Resume(pl.Callback):
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         done = counts["ready"]
         if done:
-            kept = ("seed", "seed_everything"), ("split", " or ".join(_CUT)), ("window", "data.replay_only")
+            cut = " or ".join([key for key in _CUT if key in self.changes] or _CUT)
+            kept = ("seed", "seed_everything"), ("split", cut), ("window", "data.replay_only")
             for key, names in kept:
                 if found.get(key) != own[key]:
                     raise Failure(

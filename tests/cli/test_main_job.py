@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.arguments import newer_run
 from src.callbacks.record import RunLogger
 from src.checkpoint_io import manifest
 from src.cli import main
@@ -132,6 +134,7 @@ def test_test_writes_its_results_into_the_run(run: Path, capsys: pytest.CaptureF
     results = json.loads((run / "test.json").read_text())
     assert results["checkpoint"] == "lightning_logs/version_0/checkpoints/best.ckpt"
     assert results["step"] in (6, 12)
+    assert (results["data"], results["images"], results["tta"]) == ("Shapes10", 100, "one")
     assert sum(score["images"] for score in results["per_class"].values()) == 100
     hits = sum(round(score["images"] * score["acc"]) for score in results["per_class"].values())
     assert results["test/acc"] == pytest.approx(hits / 100)
@@ -476,7 +479,41 @@ def test_a_run_that_could_not_begin_is_deleted_but_not_what_was_fed_to_it(tmp_pa
         logger.finalize("failed")
 
 
-def test_a_test_of_one_batch_is_not_written(run: Path) -> None:
+def test_a_test_of_some_batches_is_not_written(run: Path) -> None:
     (run / "test.json").unlink(missing_ok=True)
-    assert main(["test", "--ckpt_path=last", "--trainer.fast_dev_run=true"]) == 0
+    for part in ("fast_dev_run=true", "limit_test_batches=1", "limit_test_batches=0.5"):
+        assert main(["test", "--ckpt_path=last", f"--trainer.{part}", "--data.eval_batch_size=20"]) == 0
     assert not (run / "test.json").exists()
+
+
+def test_for_the_folder_of_a_run_a_file_in_it_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", f"--ckpt_path={run}"]) == 1
+    what = f"{run} is the folder of a run; give a file, such as {run}/checkpoints/best.ckpt"
+    assert capsys.readouterr().err == f"error: ckpt_path: {what}\n"
+
+
+def test_an_older_run_that_is_taken_for_want_of_a_checkpoint_in_the_newest_is_told_of(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "lightning_logs"
+    shutil.copytree(run, runs / "version_0")
+    (runs / "version_1").mkdir()
+    shutil.copy(run / "config.yaml", runs / "version_1")  # a copy that begins now
+    assert main(["validate", "--ckpt_path=best", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert f"note: ckpt_path: {runs}/version_1 is newer, but has no best.ckpt\n" in capsys.readouterr().out
+    shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "older.ckpt")
+    assert newer_run(runs / "version_0/checkpoints/best.ckpt", runs) == runs / "version_1"
+    (runs / "version_1" / "checkpoints").mkdir()
+    (tmp_path / "older.ckpt").rename(runs / "version_1/checkpoints/best.ckpt")
+    assert newer_run(runs / "version_0/checkpoints/best.ckpt", runs) is None
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_weights_are_not_evaluated_on_classes_that_they_were_not_trained_on(
+    command: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, f"--ckpt_path={run}/checkpoints/best.ckpt", "--data=CIFAR10"]) == 2
+    assert capsys.readouterr().err == (
+        "error: data: CIFAR10 has other classes than src.data.Shapes10, which the weights were trained on; "
+        "leave data away, or give a data set with the same classes\n"
+    )

@@ -450,7 +450,7 @@ def test_a_resumed_fit_leaves_its_run_alone_when_told_to_write_elsewhere(argumen
     ("argument", "reason"),
     [
         ("--seed_everything=7", "seed_everything differs"),
-        ("--data.val_size=50", "data.val_size or train_fraction or samples_per_class or split_seed differs"),
+        ("--data.val_size=50", "data.val_size differs"),
         ("--data.render_seed=1", "trained on other images or labels"),
         ("--data.train_images=120", "trained on other images or labels"),
     ],
