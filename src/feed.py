@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.errors import Failure, OneLineParser, UsageError, refuse
-from src.live.feed import check_file, check_label, correct, offer
+from src.live.feed import announced, check_file, check_label, correct, offer
 
 
 def main(args: Sequence[str]) -> int:
@@ -38,6 +38,8 @@ def main(args: Sequence[str]) -> int:
     try:
         options = parser.parse_args(args)
         _say(_do(options))
+        if announced(options.folder) is None:  # right before a run begins; else the folder may be misspelt
+            _say(f"note: no run has been fed from {options.folder} yet; is this what its --data.feed names?")
     except (UsageError, Failure) as error:
         return refuse(error)
     except KeyboardInterrupt:

@@ -112,7 +112,7 @@ def test_the_commands_that_feed_a_run_work(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for name in ("cat.png", "photos/dog.jpg"):
         Image.new("RGB", (64, 48), (200, 50, 50)).save(tmp_path / name)
-    assert run_src(*shlex.split(feed), cwd=tmp_path).stdout == "fed 2 images to incoming/cat\n"
+    assert run_src(*shlex.split(feed), cwd=tmp_path).stdout.startswith("fed 2 images to incoming/cat\n")
     for command in (relabel, drop):
         run_src(*shlex.split(command), cwd=tmp_path)
 

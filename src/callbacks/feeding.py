@@ -30,6 +30,7 @@ from src.classifier import ImageClassifier
 from src.data import Batch, ResidentLoader
 from src.data.growth import Growth
 from src.errors import Failure
+from src.live.feed import CLASSES, announce
 from src.live.feeder import Correction, Feeder, Refused
 from src.live.journal import Journal
 from src.live.replay import Intervention, fed_facts
@@ -155,6 +156,10 @@ class Feeding(pl.Callback):
         if self.replay is not None:
             sys.stdout.write(f"note: {data.feed} is not looked at: what {self.replay} was fed joins again\n")
             return
+        with suppress(OSError):  # who feeds is then not told of a wrong label, but the journal is
+            # A checkpoint, which may be a stranger's, is not to say where a file or folder is made.
+            if trainer.ckpt_path is None or (data.feed / CLASSES).is_file():
+                announce(data.feed, data.classes)
         lines, loader = self._journal.read(), _loader(trainer)
         segments = self._segments(trainer, lines)
         pixels = loader.pixels.index_select(0, torch.cat(data.split()).to(loader.pixels.device))

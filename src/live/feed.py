@@ -6,23 +6,25 @@
     correct("feed", names[0], "dog")
 
 What is offered appears as a whole, by renaming: ``feed/cat/cat-NUMBER.png``. See `src.live.intake` for the run's side.
+A run leaves the names of its classes in the folder (`announce`), by which a label that it would refuse is refused here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from src.errors import Failure, UsageError
 from src.live.commands import new_command
-from src.live.files import write_whole
+from src.live.files import read_bounded, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 CORRECTIONS = ".corrections"
 """The folder of the feed that corrections are put into."""
 
+CLASSES = ".classes.json"
+"""The file of the feed that tells the classes of the newest run that is fed from it."""
+
+_LARGEST_CLASSES = 1 << 20  # bytes
 _LONGEST_STEM = 100  # bytes
 
 
@@ -45,10 +51,11 @@ def offer(folder: str | Path, images: Sequence[str | Path | np.ndarray], label: 
         What they are called from now on, e.g. ``cat/1-9f86d081884c.png``.
 
     Raises:
-        UsageError: If the label cannot be one, or pixels are none.
+        UsageError: If the label cannot be one, the folder's run has no such class, or pixels are none.
         Failure: If a file cannot be read, which is found before any is copied, or the folder not be written to.
     """
     check_label(label)
+    _check_class(folder, label)
     for image in images:
         if isinstance(image, (str, Path)):
             check_file(Path(image))
@@ -123,11 +130,12 @@ def correct(folder: str | Path, sample: int | str, label: str | None) -> str:
         The id of this correction, as it will be in the journal.
 
     Raises:
-        UsageError: If there can be no such sample or label.
+        UsageError: If there can be no such sample or label, or the folder's run has no such class.
         Failure: If there is no such folder, or it cannot be written to.
     """
     if label is not None:
         check_label(label)
+        _check_class(folder, label)
     if sample == "" or (isinstance(sample, int) and not 0 <= sample < 2**62):
         raise UsageError(f"sample: {sample!r} is neither the id of an image, 0 or more, nor a name")
     command = new_command()
@@ -141,6 +149,54 @@ def correct(folder: str | Path, sample: int | str, label: str | None) -> str:
     except OSError as error:
         raise Failure(f"{path.parent} cannot be written to ({error.strerror})") from error
     return command.id
+
+
+def announce(folder: Path, classes: Sequence[str]) -> None:
+    """Leave the names of a run's classes in the folder that it is fed from, for those who feed it.
+
+    Args:
+        folder: The folder; it is made if it is not there.
+        classes: The names, in order of their numbers.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CLASSES, json.dumps(list(classes)).encode())
+
+
+def announced(folder: str | Path) -> list[str] | None:
+    """Return the names of the classes of the newest run that is fed from a folder; none if no run has left them."""
+    try:
+        names = json.loads(read_bounded(Path(folder) / CLASSES, _LARGEST_CLASSES))
+    except (OSError, ValueError, RecursionError):  # not there, or a stranger's
+        return None
+    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
+
+
+def class_of(given: str | int | None, classes: Mapping[str, int]) -> int:
+    """Return the number of the class that a label means.
+
+    Args:
+        given: The label: the name of a class, or its number, also as a text.
+        classes: The numbers by name, in their order.
+
+    Raises:
+        ValueError: If there is no such class; says which there are.
+    """
+    if isinstance(given, str) and given in classes:
+        return classes[given]
+    if isinstance(given, str) and given.isascii() and given.isdigit() and len(given) < 10:
+        given = int(given)
+    if isinstance(given, int) and 0 <= given < len(classes):
+        return given
+    if isinstance(given, int):
+        raise ValueError(f"there is no class {given}: they are 0 to {len(classes) - 1}")
+    names = list(classes)
+    near = difflib.get_close_matches(given or "", names, n=1)
+    few = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    hint = f"did you mean {near[0]}? There" if near else "there"
+    raise ValueError(f"there is no class {given!r:.60}; {hint} are {few}")
 
 
 def check_label(label: str) -> None:
@@ -171,6 +227,15 @@ def _check_name(name: str, key: str) -> None:
         raise UsageError(
             f"{key}: {name!r:.250} cannot be the name of a folder; give letters, with no / and no leading dot"
         )
+
+
+def _check_class(folder: str | Path, label: str) -> None:
+    names = announced(folder)
+    try:
+        if names is not None:
+            class_of(label, {name: number for number, name in enumerate(names)})
+    except ValueError as error:
+        raise UsageError(f"label: {error} (by {Path(folder) / CLASSES}, of the newest run fed from there)") from error
 
 
 def _plain(stem: str) -> str:

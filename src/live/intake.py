@@ -9,7 +9,6 @@ told in `src.live.feeder`.
 
 import base64
 import contextlib
-import difflib
 import errno
 import hashlib
 import io
@@ -29,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from src.live.commands import ID
 from src.live.decode import Pixels, decode_image, image_suffixes
-from src.live.feed import CORRECTIONS
+from src.live.feed import CORRECTIONS, class_of
 from src.live.files import being_written, open_below, open_lock, write_all
 from src.live.liveness import hold
 from src.live.segments import DIGEST, Source, segment_path, write_segment
@@ -398,20 +397,10 @@ class Intake:
         self._taken.add(source)
 
     def _class_of(self, given: str | int | None) -> int:
-        if isinstance(given, str) and given in self._classes:
-            return self._classes[given]
-        if isinstance(given, str) and given.isascii() and given.isdigit() and len(given) < 10:
-            given = int(given)
-        if isinstance(given, int) and 0 <= given < len(self._classes):
-            return given
-        names = list(self._classes)
-        if isinstance(given, int):
-            raise OSError(f"there is no class {given}: they are 0 to {len(names) - 1}")
-        near = difflib.get_close_matches(given or "", names, n=1)
-        few = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-        raise OSError(
-            f"there is no class {given!r:.60}{f'; did you mean {near[0]}?' if near else f'; there are {few}'}"
-        )
+        try:
+            return class_of(given, self._classes)
+        except ValueError as error:
+            raise OSError(str(error)) from error
 
     def _gather(self, pixels: Pixels, label: int, name: str) -> None:
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=DIGEST).digest()

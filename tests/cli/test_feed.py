@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.live.feed import announce
 from tests.conftest import REPOSITORY, run_src
 
 
@@ -29,11 +30,17 @@ def feed(*args: str | Path, cwd: Path, status: int = 0) -> str:
 def test_files_and_folders_are_fed_under_their_label(tmp_path: Path) -> None:
     for name in ("one.png", "photos/two.jpg", "photos/deep/three.png", "photos/notes.txt"):
         save(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("a text")
-    assert feed("dir", "one.png", "photos", "--label", "cat", cwd=tmp_path) == "fed 3 images to dir/cat\n"
+    note = "note: no run has been fed from dir yet; is this what its --data.feed names?\n"
+    assert feed("dir", "one.png", "photos", "--label", "cat", cwd=tmp_path) == f"fed 3 images to dir/cat\n{note}"
     fed = sorted((tmp_path / "dir/cat").iterdir())
     assert [path.name.split("-")[0] for path in fed] == ["one", "three", "two"]
     assert fed[0].read_bytes() == (tmp_path / "one.png").read_bytes()
+    announce(tmp_path / "dir", ["cat", "dog"])
     assert feed("dir", "one.png", "--label=dog", cwd=tmp_path) == "fed 1 image to dir/dog\n"
+    assert feed("dir", "one.png", "--label=dok", cwd=tmp_path, status=2) == (
+        "error: label: there is no class 'dok'; did you mean dog? There are cat, dog (by dir/.classes.json, of the "
+        "newest run fed from there)\n"
+    )
 
 
 def test_labels_are_put_right_by_id_or_name(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from src.callbacks.feeding import WINDOW
+from src.data import Shapes10
+from src.live.feed import CLASSES, announce, announced
 from src.live.journal import Journal
 from src.live.segments import segment_path
 from tests.faults.eater import FEED, OWN, PLAN, Oracle, feed_now
@@ -134,6 +136,21 @@ def test_a_replay_on_other_data_is_refused_as_ids_would_name_other_images() -> N
     done = fit("--config", RUN / "config.yaml", "--replay", RUN, "--data.train_images=200")
     assert done.status == 1
     assert "error: journal: what was fed at step 1 joined other images than there are now" in done.err
+
+
+def test_a_fit_leaves_its_classes_in_the_folder_but_makes_no_folder_for_a_checkpoint() -> None:
+    quick = [*SMALL, "--data.feed=deeper/feed", "--trainer.max_epochs=1"]
+    assert fit(*quick).status == 0
+    feed = Path("deeper/feed")
+    assert announced(feed) == list(Shapes10.classes)
+    announce(feed, ["another", "run's"])
+    assert fit("--ckpt_path", LAST, "--trainer.max_epochs=2").status == 0
+    assert announced(feed) == list(Shapes10.classes)
+    assert [path.name for path in feed.iterdir()] == [CLASSES]
+    (feed / CLASSES).unlink()
+    feed.rmdir()
+    assert fit("--ckpt_path", LAST, "--trainer.max_epochs=3").status == 0
+    assert not feed.exists()
 
 
 def test_the_images_of_a_replay_are_each_drawn_once_an_epoch() -> None:

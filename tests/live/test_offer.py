@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from src.errors import Failure, UsageError
-from src.live.feed import correct, offer, offer_shard
+from src.live.feed import CLASSES, announce, announced, correct, offer, offer_shard
 
 
 def noise(seed: int = 0, side: int = 32) -> np.ndarray:
@@ -81,6 +81,44 @@ def test_a_label_that_is_no_folder_is_refused(tmp_path: Path, label: str) -> Non
     with pytest.raises(UsageError, match=r"^label: .* cannot be the name"):
         offer(tmp_path, [noise()], label)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_label_that_the_newest_run_has_no_class_for_is_refused_and_nothing_is_fed(tmp_path: Path) -> None:
+    folder = tmp_path / "feed"
+    announce(folder, ["owl", "kat"])
+    announce(folder, ["cat", "dog"])
+    there, where = "^label: there is no class", rf" \(by .*feed/{CLASSES}, of the newest run fed from there\)$"
+    for feed_it in (lambda label: offer(folder, [noise()], label), lambda label: correct(folder, 3, label)):
+        with pytest.raises(UsageError, match=rf"{there} 'kat'; did you mean cat\? There are cat, dog{where}"):
+            feed_it("kat")
+        with pytest.raises(UsageError, match=rf"{there} 'owl'; there are cat, dog{where}"):
+            feed_it("owl")
+        with pytest.raises(UsageError, match=rf"{there} 2: they are 0 to 1{where}"):
+            feed_it("2")
+    assert [path.name for path in folder.iterdir()] == [CLASSES]
+    assert offer(folder, [noise()], "cat")[0].startswith("cat/")
+    assert offer(folder, [noise()], "1")[0].startswith("1/"), "a number, as a run takes it"
+    assert correct(folder, 3, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"[1]", b'["cat", null]', b"[" * 100_000, b'["\xff"]', None])
+def test_a_file_of_classes_that_a_stranger_has_written_says_nothing(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / CLASSES
+    if content is None:
+        (tmp_path / "names").write_text('["cat"]')
+        path.symlink_to("names")
+    else:
+        path.write_bytes(content)
+    assert announced(tmp_path) is None
+    assert offer(tmp_path, [noise()], "owl")
+
+
+def test_a_file_of_classes_without_an_end_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / CLASSES).write_bytes(b'["' + b"x" * (1 << 20) + b'"]')
+    assert announced(tmp_path) is None
+    (tmp_path / CLASSES).unlink()
+    os.mkfifo(tmp_path / CLASSES)
+    assert announced(tmp_path) is None
 
 
 def test_a_file_that_is_not_there_is_named_before_any_is_copied(tmp_path: Path) -> None:
