@@ -319,8 +319,8 @@ def soak(o: argparse.Namespace) -> bool:
         said = [json.loads((folder / f"out{which}.json").read_text()) for which in range(3)]
         good = {name: value for one in said for name, value in one["good"].items()}
         bad = {name: value for one in said for name, value in one["bad"].items()}
-        quarantined = journal(fit, "quarantined")
-        reasons = {line["name"]: line["effective"] for line in quarantined}
+        refused = [line for line in journal(fit, "refused") if line["actor"] == "feed"]
+        reasons = {line["name"]: line["effective"] for line in refused}
         by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         for name, kind in bad.items():
             by_kind[kind][re.sub(r"\d[\d,]*|'.*?'|those of .*", "…", reasons.get(name, "nothing"))] += 1
@@ -369,7 +369,7 @@ def soak(o: argparse.Namespace) -> bool:
         "at least 10,000 good images": len(good) >= 10_000,
         "every good image joined, with its pixels, exactly once": pixels == good and set(found.values()) == {1},
         "every bad one is in the journal once, with its reason, and nothing else is": (
-            len(quarantined) == len(reasons) == len(bad)
+            len(refused) == len(reasons) == len(bad)
             and all(re.search(REASONS[kind], reasons.get(name, "")) for name, kind in bad.items())
         ),
         "killed twice in mid-run": len(kills) == 2,

@@ -18,7 +18,7 @@ from typing import Any
 
 from src.errors import Failure, OneLineParser, UsageError, refuse, visible
 from src.live.commands import VERBS, Command, new_command, send
-from src.live.journal import Journal
+from src.live.journal import REFUSED, Journal
 
 _HELP = """\
 what to do, one of:
@@ -138,16 +138,16 @@ def _print_history(run: Path) -> None:
         when = "?"
         with suppress(OverflowError, ValueError, OSError):  # a stranger's line
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["time"]))
-        what, facts = str(line["kind"]), line["effective"]
+        what, facts = "refused" if line["kind"] in REFUSED else str(line["kind"]), line["effective"]
         if what == "segment" and isinstance(facts, dict):
             what += f" {line['name']}: {_text(facts.get('images'))} images, ids from {_text(facts.get('first_id'))}"
         elif what in ("relabel", "drop") and isinstance(facts, dict):
             what += f" {line['name']}: {_text(line['before'])} -> {_text(facts.get('class') or 'out of the data')}"
-        elif what in ("quarantined", "refused") and line["name"]:
+        elif what == "refused" and line["name"]:
             what += f" {line['name']}: {_text(facts)}"
         elif line["name"]:
             what += f" {line['name']} {_text(line['before'])} -> {_text(line['effective'])}"
-        elif line["kind"] == "refused":
+        elif what == "refused":
             what += f" {_text(line['requested'])}: {line['effective']}"
         elif isinstance(line["effective"], dict):
             what += " " + ", ".join(f"{k} {_text(v)}" for k, v in line["effective"].items())

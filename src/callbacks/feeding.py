@@ -32,7 +32,7 @@ from src.data.growth import Growth
 from src.errors import Failure
 from src.live.feed import CLASSES, announce
 from src.live.feeder import Correction, Feeder, Refused
-from src.live.journal import Journal
+from src.live.journal import REFUSED, Journal
 from src.live.replay import Intervention, fed_facts
 from src.live.segments import Segment, Source, digests, read_segment, segment_path
 
@@ -164,9 +164,9 @@ class Feeding(pl.Callback):
         segments = self._segments(trainer, lines)
         pixels = loader.pixels.index_select(0, torch.cat(data.split()).to(loader.pixels.device))
         known = b"".join(digests(part) for part in (pixels.cpu().numpy(), *(s.pixels for s in segments)))
-        taken = [source for line in lines if (source := _quarantined(line)) is not None]
+        taken = [source for line in lines if (source := _refused_source(line)) is not None]
         fed = sum(len(segment.names) for segment in segments)
-        self._refused = len(taken)
+        self._refused = sum(line["kind"] in REFUSED and bool(line["name"]) for line in lines)  # a command has no name
         self._feeder = Feeder(
             data.feed,
             self._store,
@@ -235,7 +235,7 @@ class Feeding(pl.Callback):
         if refusals and self._journal is not None and self._refused < _MOST_REFUSALS:
             lines = [{"name": r.name, "requested": list(r.source), "effective": r.reason} for r in refusals]
             with suppress(OSError):  # a full disk must not end a run over a refusal
-                self._journal.extend(trainer.global_step, "quarantined", lines, actor="feed", sync=False)
+                self._journal.extend(trainer.global_step, "refused", lines, actor="feed", sync=False)
         self._refused += len(refusals)
         for item in items:
             if isinstance(item, Correction):
@@ -323,6 +323,7 @@ class Feeding(pl.Callback):
         elif self._journal is not None:
             reason = f"no image that is trained on is called {sample!r} or has this id"
             line = {"name": str(sample), "effective": reason}
+            self._refused += 1
             with suppress(OSError):
                 self._journal.extend(
                     trainer.global_step, "refused", [line], actor=correction.actor, id=correction.id, sync=False
@@ -391,10 +392,10 @@ def score(trainer: pl.Trainer, module: ImageClassifier, segment: Segment) -> tup
     return torch.cat(losses).double().cpu(), torch.cat(hits).cpu()
 
 
-def _quarantined(line: dict[str, Any]) -> Source | None:
+def _refused_source(line: dict[str, Any]) -> Source | None:
     """Return the file that a line of the journal says was refused, if it is one that says so."""
     found = line["requested"]
-    if line["kind"] != "quarantined" or not isinstance(found, list) or [type(v) for v in found] != [str, int, int]:
+    if line["kind"] not in REFUSED or not isinstance(found, list) or [type(v) for v in found] != [str, int, int]:
         return None
     return found[0], found[1], found[2]
 

@@ -5,8 +5,8 @@
 A run is a function of its config, its seed and this file. Lines of kind ``set``, ``evaluate``, ``segment`` (images
 joined), ``relabel`` and ``drop`` are what was done to it, in the order of (step, seq): a fit that goes on from a
 checkpoint does those anew that came after the checkpoint, and a replay does all of them. The others tell what was
-noted: ``resume``, ``rollback``, ``checkpoint``, ``pause``, ``unpause``, ``stop``, ``refused``, ``quarantined`` (a file
-that was fed and is not taken).
+noted: ``resume``, ``rollback``, ``checkpoint``, ``pause``, ``unpause``, ``stop``, ``refused`` (a command, or what was
+fed; the journals of earlier runs call a file that was fed ``quarantined``).
 """
 
 import contextlib
@@ -26,6 +26,9 @@ FED = ("segment", "relabel", "drop")
 
 DONE = ("set", "evaluate", *FED)
 """The kinds of lines that a replay does again."""
+
+REFUSED = ("refused", "quarantined")
+"""The kinds of lines that tell what was not done or taken."""
 
 _TYPES = {"seq": int, "step": int, "time": float, "kind": str, "name": str, "actor": str, "id": str}
 _LOCK = threading.Lock()

@@ -59,6 +59,11 @@ def journal(run: Path, *kinds: str) -> list[dict[str, Any]]:
     return [line for line in lines if not kinds or line["kind"] in kinds]
 
 
+def refused(run: Path, *, files: bool) -> list[dict[str, Any]]:
+    """Return what was refused: of the files and images that were fed, or of the corrections."""
+    return [line for line in journal(run, "refused") if (line["actor"] == "feed") == files]
+
+
 def joined(run: Path) -> int:
     return sum(line["effective"]["images"] for line in journal(run, "segment"))
 
@@ -193,7 +198,7 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         shard = offer_shard(feed, noise(70, seed=2), [i % 10 for i in range(70)])
         (fed,) = offer(feed, [noise(1, seed=3)[0]], CLASSES[1])
         until(lambda: joined(run) == 1 + 1 + 70 + 1, "all join", fit)
-        until(lambda: len(journal(run, "quarantined")) == len(BAD), "all that is bad is refused", fit)
+        until(lambda: len(refused(run, files=True)) == len(BAD), "all that is bad is refused", fit)
 
         before = int(journal(run)[-1]["step"])
         relabelled = correct(feed, OWN, CLASSES[2])  # the first that was fed
@@ -201,7 +206,7 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         run_src("feed", "feed", "--drop", fed, cwd=tmp_path)
         run_src("feed", "feed", "--drop", "99999", cwd=tmp_path)
         run_src("feed", "feed", "--relabel", "circle/unheard.png", CLASSES[0], cwd=tmp_path)
-        until(lambda: len(journal(run, "relabel", "drop", "refused")) == 5, "corrections", fit)
+        until(lambda: len(journal(run, "relabel", "drop")) + len(refused(run, files=False)) == 5, "corrections", fit)
         corrected = {line["requested"]: line for line in journal(run, "relabel", "drop")}
         ids = {name: OWN + i for i, name in enumerate(names(run))}
         assert corrected[OWN]["id"] == relabelled
@@ -212,15 +217,16 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         assert corrected[f"{shard}#3"]["effective"] == {"id": ids[f"{shard}#3"], "label": 0, "class": CLASSES[0]}
         assert corrected[fed]["kind"] == "drop"
         assert corrected[fed]["effective"] == {"id": ids[fed], "label": None, "class": None}
-        assert {line["name"] for line in journal(run, "refused")} == {"99999", "circle/unheard.png"}
+        assert {line["name"] for line in refused(run, files=False)} == {"99999", "circle/unheard.png"}
         assert all(line["step"] >= before for line in corrected.values())
 
         history = steer(tmp_path, "history")
         for text in (f"relabel {OWN}: circle -> {CLASSES[2]}", f"drop {ids[fed]}: ", "refused 99999: no image"):
             assert f"  {text}" in history, history
+        assert history.count("  refused ") == len(BAD) + 2, "as many as status says"
         assert re.search(rf"  segment 000000\.npz: \d+ images, ids from {OWN}  feed$", history, re.M), history
         status = steer(tmp_path, "status")
-        for text in ("feed/images       73", "feed/waiting      0", f"feed/refused      {len(BAD)}"):
+        for text in ("feed/images       73", "feed/waiting      0", f"feed/refused      {len(BAD) + 2}"):
             assert re.search(rf"^  {text}$".replace("  ", " +"), status, re.M), status
         assert re.search(r"feed/prequential_acc +[\d.]+", status), status
         until(lambda: saved(run) > corrected[fed]["step"], "a checkpoint", fit)
@@ -235,9 +241,9 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         until(lambda: joined(run) == 73 + 40 + 1 + 10, "what comes after it joins", fit)
         step = stop(tmp_path, fit)
     assert step > 10
-    quarantined = journal(run, "quarantined")
-    assert sorted(line["name"] for line in quarantined) == sorted(BAD), "once, also after a resume"
-    for line in quarantined:
+    bad = refused(run, files=True)
+    assert sorted(line["name"] for line in bad) == sorted(BAD), "once, also after a resume"
+    for line in bad:
         assert re.search(BAD[line["name"]], line["effective"]), line
     assert sorted(names(run)) == sorted({*names(run)}), "each once"
     assert {offline, fed, f"{again}#9", f"{shard}#0", good} <= {*names(run)}
@@ -249,7 +255,7 @@ def test_a_fit_is_fed_corrected_killed_resumed_and_replayed(tmp_path: Path) -> N
         "feed/prequential_loss_window",
     }  # fmt: skip
     assert dict(curves["feed/images"])[steps[-1]] == 124
-    assert len(journal(run, "refused")) == 2, "once, also after a resume"
+    assert len(refused(run, files=False)) == 2, "once, also after a resume"
     assert_replays(tmp_path)
 
 

@@ -19,6 +19,7 @@ from src.data import Shapes10
 from src.live.feed import CLASSES, announce, announced
 from src.live.journal import Journal
 from src.live.segments import segment_path
+from src.steer import main as steer
 from tests.faults.eater import FEED, OWN, PLAN, Oracle, feed_now
 from tests.faults.probe import (
     SMALL,
@@ -246,7 +247,25 @@ def test_a_run_that_goes_on_in_a_folder_of_its_own_takes_what_it_was_fed_with_it
     assert [event[:2] for event in load(run)["Shapes10"]["fed"]] == [["segment", 0], ["segment", 1], ["segment", 2]]
     stores = [sorted(path.name for path in (of / "live/segments").glob("*.npz")) for of in (RUN, run)]
     assert stores == [["000000.npz", "000001.npz"], ["000000.npz", "000001.npz", "000002.npz"]]
-    assert not [line for line in Journal(run / "live/journal.jsonl").read() if line["kind"] == "quarantined"]
+    assert not [line for line in Journal(run / "live/journal.jsonl").read() if line["kind"] == "refused"]
+
+
+def test_what_an_older_journal_calls_quarantined_stays_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    fed(plan={1: [4]}, crashes=[])
+    bad = FEED / "bad.png"
+    bad.write_text("a text")
+    journal, found = Journal(RUN / "live/journal.jsonl"), bad.stat()
+    source = [bad.name, found.st_size, found.st_mtime_ns]
+    journal.append(2, "quarantined", bad.name, requested=source, effective="it is in no class's folder", actor="feed")
+    PLAN.write_text(json.dumps({"fed": {16: [6, [99999, None]]}, "crashes": [], "left": False}))
+    done = fit("--ckpt_path", LAST, "--trainer.max_epochs=3", *with_callbacks("Eater"))
+    assert "fed 10, 0 waiting, 2 refused" in done.out, done
+    assert [line["name"] for line in journal.read() if line["kind"] == "refused"] == ["99999"], "once"
+    capsys.readouterr()
+    assert steer([str(RUN), "history"]) == 0
+    shown = capsys.readouterr().out
+    assert "  refused bad.png: it is in no class's folder  feed\n" in shown
+    assert "  refused 99999: no image that is trained on is called 99999 or has this id  " in shown
 
 
 @pytest.mark.parametrize(
