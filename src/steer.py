@@ -18,7 +18,7 @@ from typing import Any
 
 from src.errors import Failure, OneLineParser, UsageError, refuse, visible
 from src.live.commands import VERBS, Command, new_command, send
-from src.live.journal import REFUSED, Journal
+from src.live.journal import SHOWN, Journal
 
 _HELP = """\
 what to do, one of:
@@ -138,7 +138,7 @@ def _print_history(run: Path) -> None:
         when = "?"
         with suppress(OverflowError, ValueError, OSError):  # a stranger's line
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["time"]))
-        what, facts = "refused" if line["kind"] in REFUSED else str(line["kind"]), line["effective"]
+        what, facts = SHOWN.get(line["kind"], str(line["kind"])), line["effective"]
         if what == "segment" and isinstance(facts, dict):
             what += f" {line['name']}: {_text(facts.get('images'))} images, ids from {_text(facts.get('first_id'))}"
         elif what in ("relabel", "drop") and isinstance(facts, dict):

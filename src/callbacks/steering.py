@@ -26,7 +26,7 @@ from src.classifier import ImageClassifier
 from src.errors import Failure
 from src.live.commands import Command, Refusal
 from src.live.inbox import Inbox
-from src.live.journal import FED, Journal
+from src.live.journal import FED, SHOWN, Journal
 from src.live.replay import Intervention, interventions, names_of, replayed
 from src.live.transaction import Control, check, transact
 from src.step_loop import StepLoop
@@ -373,11 +373,12 @@ class Steering(pl.Callback):
         journaled: bool = False,
     ) -> None:
         """Journal what is done, unless it is in the journal, and show it."""
+        shown = SHOWN.get(kind, kind)
         try:
             self._record(trainer, kind, [{"effective": effective}], actor, id, journaled)
         except OSError as error:
-            raise Refusal(f"{kind}: it cannot be journaled ({error.strerror})") from error
-        self._show(trainer, f"{kind} ({actor})")
+            raise Refusal(f"{shown}: it cannot be journaled ({error.strerror})") from error
+        self._show(trainer, f"{shown} ({actor})")
 
     def _record(
         self,

@@ -5,8 +5,9 @@
 A run is a function of its config, its seed and this file. Lines of kind ``set``, ``evaluate``, ``segment`` (images
 joined), ``relabel`` and ``drop`` are what was done to it, in the order of (step, seq): a fit that goes on from a
 checkpoint does those anew that came after the checkpoint, and a replay does all of them. The others tell what was
-noted: ``resume``, ``rollback``, ``checkpoint``, ``pause``, ``unpause``, ``stop``, ``refused`` (a command, or what was
-fed; the journals of earlier runs call a file that was fed ``quarantined``).
+noted: ``resume`` (a fit goes on from a checkpoint), ``rollback``, ``checkpoint``, ``pause``, ``unpause`` (the command
+resume), ``stop``, ``refused`` (a command, or what was fed; the journals of earlier runs call a file that was fed
+``quarantined``).
 """
 
 import contextlib
@@ -29,6 +30,9 @@ DONE = ("set", "evaluate", *FED)
 
 REFUSED = ("refused", "quarantined")
 """The kinds of lines that tell what was not done or taken."""
+
+SHOWN = {"unpause": "resume", "resume": "gone on with", "quarantined": "refused"}
+"""What a person is shown for a kind whose name here is not the word that was typed, or that is said elsewhere."""
 
 _TYPES = {"seq": int, "step": int, "time": float, "kind": str, "name": str, "actor": str, "id": str}
 _LOCK = threading.Lock()

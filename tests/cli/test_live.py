@@ -139,7 +139,7 @@ def test_four_terminals(tmp_path: Path) -> None:
         "pause",
         "evaluate",
         "checkpoint path",
-        "unpause",
+        "resume",
         "refused {",
         "stop",
     ):

@@ -5,6 +5,7 @@ same way and left alone, and so does its replay from scratch.
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.callbacks.controls import _size_problem
 from src.checkpoint_io import commit, serialize
 from src.live.journal import Journal
+from src.steer import main as steer
 from tests.faults.probe import (
     SCRIPT,
     SMALL,
@@ -236,6 +238,17 @@ def test_what_the_command_line_says_beats_what_was_steered() -> None:
     values = load(RUN)["steering"]["values"]
     assert values == {"label_smoothing": 0.1}
     assert load(RUN)["global_step"] == 6 + 1 + 5, "6 steps took 45 images: 10 are left; then an epoch of 55 in elevens"
+
+
+def test_a_command_is_shown_by_the_word_that_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands: Script = {3: [{"do": "pause"}, {"do": "resume"}]}
+    done = steered("--trainer.max_epochs=1", commands=commands, crashes=[])
+    assert re.search(r"^step 3: pause \(.*\)\nstep 3: resume \(.*\)$", done.out, re.M), done.out
+    fit("--ckpt_path", LAST, "--trainer.max_epochs=2", *with_steerer())
+    capsys.readouterr()
+    assert steer([str(RUN), "history"]) == 0
+    shown = [re.split(r"  +", line)[2] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["pause", "resume", 'gone on with config {"trainer.max_epochs": 1} -> {"trainer.max_epochs": 2}']
 
 
 @pytest.mark.parametrize("step", [3, 6])
