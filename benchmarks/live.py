@@ -454,9 +454,9 @@ def staleness(o: argparse.Namespace) -> bool:
                     try:
                         version = reader.read(max_age_steps=most)
                     except StaleError as error:
-                        match = re.search(r"of step (\d+),", str(error))
+                        match = re.search(r"of step ([\d,]+), ", str(error))
                         assert match is not None
-                        step = int(match[1])
+                        step = int(match[1].replace(",", ""))
                         found["refusals"] += 1
                         found["refusals that are wrong"] += reader.step - step <= most
                     else:

@@ -318,7 +318,7 @@ def commit(content: bytes | bytearray | mmap.mmap, path: Path) -> None:
             partial.unlink()
         kept = ""
         if path.is_file():
-            of = f"one of step {manifest(path).step}" if path.suffix == ".ckpt" else "old one"
+            of = f"one of step {manifest(path).step:,}" if path.suffix == ".ckpt" else "old one"
             kept = f"; the {of} is still there"
         raise Failure(f"{path} could not be written ({error.strerror}){kept}") from error
 
@@ -411,7 +411,7 @@ def _offer(path: Path) -> str:
     if not whole:
         return ""
     step, other = max(whole)
-    return f"; the newest whole one beside it is of step {step}: --ckpt_path {other}"
+    return f"; the newest whole one beside it is of step {step:,}: --ckpt_path {other}"
 
 
 def _sync_folder(folder: Path) -> None:

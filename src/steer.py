@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,7 @@ def _print_answer(command: Command, answer: dict[str, Any]) -> None:
             _say(f"  {name:<{width}}{value:{form}}")
     else:
         changes = [f"{name} {_text(old)} -> {_text(new)}" for name, (old, new) in answer.get("changes", {}).items()]
-        result = [f"{name} {_text(value)}" for name, value in (answer.get("result") or {}).items()]
-        done = ", ".join([*changes, *result]) or command.do
+        done = ", ".join([*changes, *_results(answer.get("result") or {})]) or command.do
         _say(f"step {answer['step']:,}: {done}{' (done before)' if answer.get('repeated') else ''}")
 
 
@@ -150,8 +149,13 @@ def _print_history(run: Path) -> None:
         elif what == "refused":
             what += f" {_text(line['requested'])}: {line['effective']}"
         elif isinstance(line["effective"], dict):
-            what += " " + ", ".join(f"{k} {_text(v)}" for k, v in line["effective"].items())
+            what += " " + ", ".join(_results(line["effective"]))
         _say(f"step {line['step']:<8,} {when}  {what}  {line.get('actor', '')}".rstrip())
+
+
+def _results(found: Mapping[str, Any]) -> list[str]:
+    """Return what came of a command, e.g. ``val/acc 0.9`` or ``saved RUN/checkpoints/last.ckpt``."""
+    return [f"{'saved' if name == 'path' else name} {_text(value)}" for name, value in found.items()]
 
 
 def _text(value: Any) -> str:

@@ -36,7 +36,7 @@ class Compiling(pl.Callback):
         """Tell of it after the step in which it was."""
         if self._seconds != self._told:
             if trainer.is_global_zero:
-                sys.stdout.write(f"compile: {self._seconds - self._told:.1f} s by step {trainer.global_step}\n")
+                sys.stdout.write(f"compile: {self._seconds - self._told:.1f} s by step {trainer.global_step:,}\n")
                 sys.stdout.flush()
             self._told = self._seconds
 

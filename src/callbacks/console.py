@@ -97,7 +97,7 @@ class EpochLines(pl.Callback):
         val = format_values(values, ("val/loss", "val/acc"))
         head = epoch_name(trainer, trainer.current_epoch)
         seconds = f"{time.perf_counter() - self._began:.1f} s"
-        sys.stdout.write(f"{head}  step {trainer.global_step}  {_join(train)}\n")
+        sys.stdout.write(f"{head}  step {trainer.global_step:,}  {_join(train)}\n")
         sys.stdout.write(f"{' ' * len(head)}  {_join(val) if val else 'no validation'}  {seconds}\n")
         if fed := format_fed(values):
             fed |= format_values(values, ("feed/prequential_acc",))

@@ -283,12 +283,12 @@ class Feeding(pl.Callback):
         """
         if data_of(trainer).feed is None:
             raise Failure(
-                f"data.feed: the journal says that images were fed at step {done.step}; name the folder again"
+                f"data.feed: the journal says that images were fed at step {done.step:,}; name the folder again"
             )
         growth, facts = _growth(trainer), done.effective
         if done.kind == "segment":
             if facts["first_id"] != growth.first + growth.joined:
-                raise Failure(f"journal: what was fed at step {done.step} joined other images than there are now")
+                raise Failure(f"journal: what was fed at step {done.step:,} joined other images than there are now")
             store = Path(trainer.log_dir or ".") / "live" / "segments"
             segment = None
             if trainer.is_global_zero:
@@ -308,7 +308,7 @@ class Feeding(pl.Callback):
             known = bool((_loader(trainer).ids == id).any())
             if not known or not (label is None or 0 <= label < len(data_of(trainer).classes)):
                 raise Failure(
-                    f"journal: what was put right at step {done.step} is no image, or no class, of these data"
+                    f"journal: what was put right at step {done.step:,} is no image, or no class, of these data"
                 )
             self._apply(trainer, Correction(done.id, id, label, done.actor), id, record)
         self.show(trainer)

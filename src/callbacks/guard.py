@@ -126,7 +126,7 @@ class Guard(pl.Callback):
             return
         for name, tensor in state.items():
             if not tensor.isfinite().all():
-                where = f"step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
+                where = f"step {trainer.global_step:,}, epoch {trainer.current_epoch + 1}"
                 raise Failure(
                     f"{where}: {name} is not finite after the step, and was not saved; try a smaller model.optimizer.lr"
                 )
@@ -156,7 +156,7 @@ class Guard(pl.Callback):
             batches = [loader.whole(batch) for batch in batches]
         fault, batch = first_nonfinite(pl_module, batches)
         ids = ", ".join(map(str, batch.ids[:8].tolist())) + (", …" if len(batch.ids) > 8 else "")
-        where = f"step {step + 1}, epoch {trainer.current_epoch + 1}: {fault} (batch of the images {ids})"
+        where = f"step {step + 1:,}, epoch {trainer.current_epoch + 1}: {fault} (batch of the images {ids})"
         if trainer.world_size > 1:  # the gradient is that of all ranks; the fault lies with one
             told: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(told, ("gradient" in fault, where))
@@ -208,7 +208,7 @@ class Guard(pl.Callback):
                 effective=optimizer.param_groups[0]["lr"],
             )  # fmt: skip
             sys.stderr.write(
-                f"warning: {where}; took the weights of step {checkpoint['global_step']}, lr times {self.lr_factor}\n"
+                f"warning: {where}; took the weights of step {checkpoint['global_step']:,}, lr times {self.lr_factor}\n"
             )
 
 

@@ -101,7 +101,7 @@ class Resume(pl.Callback):
             if forks and self.goes_on:
                 sys.stdout.write(
                     f"note: trainer.logger: the run goes on in {os.path.relpath(folder)}; what was done to "
-                    f"{self.source} after step {trainer.global_step} is not done again\n"
+                    f"{self.source} after step {trainer.global_step:,} is not done again\n"
                 )
             Journal(Path(folder) / "live" / "journal.jsonl").append(
                 trainer.global_step,

@@ -90,17 +90,17 @@ class Signals(pl.Callback):
         number = (self.received or signal.SIGTERM) if number is None else number
         callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
         if callback is None or callback.folder is None:
-            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
+            raise Interrupted(number, f"at step {trainer.global_step:,}; nothing was saved")
         if position is not None:
             callback.save_now(trainer, position)
         callback.wait(trainer)
         if not (callback.folder / "last.ckpt").is_file():
-            raise Interrupted(number, f"at step {trainer.global_step}; nothing was saved")
+            raise Interrupted(number, f"at step {trainer.global_step:,}; nothing was saved")
         path = shlex.quote(os.path.relpath(callback.folder / "last.ckpt"))
         config = option_of_own(trainer, callback.folder.parent)
         raise Interrupted(
             number,
-            f"at step {trainer.global_step}; go on with: python -m src fit{config} --ckpt_path {path}",
+            f"at step {trainer.global_step:,}; go on with: python -m src fit{config} --ckpt_path {path}",
         )
 
     def _listen(self, trainer: pl.Trainer) -> None:

@@ -160,8 +160,8 @@ class Steering(pl.Callback):
         if self._script and trainer.is_global_zero:
             step = self._script[0].step
             sys.stderr.write(
-                f"warning: the run ended before step {step}: {len(self._script)} interventions of the journal were not "
-                f"done again\n"
+                f"warning: the run ended before step {step:,}: {len(self._script)} interventions of the journal were "
+                f"not done again\n"
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -188,8 +188,8 @@ class Steering(pl.Callback):
             again = interventions(lines)
             for line in (line for line in lines if line["kind"] == "rollback"):
                 sys.stderr.write(
-                    f"warning: {self.replay} was rolled back at step {line['step']}: the replay equals it only if the "
-                    f"last checkpoint is then of the same step\n"
+                    f"warning: {self.replay} was rolled back at step {line['step']:,}: the replay equals it only if "
+                    f"the last checkpoint is then of the same step\n"
                 )
             script += [done._replace(own=False) for done in again if done.step >= step and done.id not in known | ids]
         return sorted(script, key=lambda done: done.step)
@@ -314,11 +314,11 @@ class Steering(pl.Callback):
                 return
             changes = self._set(trainer, module, done.wanted, done.actor, done.id, done.own)
         except Refusal as refusal:
-            raise Failure(f"journal: step {done.step}: {refusal}") from refusal
+            raise Failure(f"journal: step {done.step:,}: {refusal}") from refusal
         for name, (_, effective) in changes.items():
             if effective != done.effective[name] and trainer.is_global_zero:
                 sys.stderr.write(
-                    f"warning: {name} is {effective} since step {done.step}, where the journal says "
+                    f"warning: {name} is {effective} since step {done.step:,}, where the journal says "
                     f"{done.effective[name]}: this is not the same run\n"
                 )
 
@@ -411,7 +411,7 @@ class Steering(pl.Callback):
             return
         encoding = sys.stdout.encoding or "utf-8"  # which may not have all that is in a name
         shown, step = text if text.isprintable() else ascii(text), trainer.global_step
-        line = f"step {step}: {shown}".encode(encoding, "backslashreplace").decode(encoding)
+        line = f"step {step:,}: {shown}".encode(encoding, "backslashreplace").decode(encoding)
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
         if isinstance(trainer.logger, TensorBoardLogger):

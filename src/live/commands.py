@@ -103,7 +103,7 @@ def send(run: str | Path, command: Command, timeout: float | None = 30.0) -> dic
                 with contextlib.suppress(OSError):
                     answer.unlink()
                 if "error" in found:
-                    raise UsageError(f"{found['error']} (step {found['step']})")
+                    raise UsageError(f"{found['error']} (step {found['step']:,})")
                 return found
             if time.monotonic() > deadline:
                 raise TimeoutError(

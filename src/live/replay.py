@@ -108,12 +108,12 @@ def replayed(run: Path) -> list[dict[str, Any]]:
             continue
         if line["requested"]:
             raise Failure(
-                f"replay: {run} began at step {line['step']}, with a checkpoint of another run, which a replay cannot "
-                f"follow"
+                f"replay: {run} began at step {line['step']:,}, with a checkpoint of another run, which a replay "
+                f"cannot follow"
             )
         for key in line["effective"] if isinstance(line["effective"], dict) else {}:
             if not key.startswith(_HARMLESS) and key != "data.feed":
                 raise Failure(
-                    f"replay: {run} went on at step {line['step']} with another {key}, which a replay cannot follow"
+                    f"replay: {run} went on at step {line['step']:,} with another {key}, which a replay cannot follow"
                 )
     return lines

@@ -329,7 +329,9 @@ class LiveWeights:
             raise Failure(f"{self.segment}: these weights carry no step") from error
         age = max(0, self.step - step)  # asked after the version was opened: never too low
         if max_age_steps is not None and age > max_age_steps:
-            raise StaleError(f"the newest weights, of step {step}, are {age} steps old: more than {max_age_steps}")
+            raise StaleError(
+                f"the newest weights, of step {step:,}, are {age:,} steps old: more than {max_age_steps:,}"
+            )
         ema = {name.removeprefix(_EMA): tensors.pop(name) for name in list(tensors) if name.startswith(_EMA)}
         return Version(tensors, ema, step, epoch, age, (time.monotonic_ns() - at) / 1e9, sha256, facts)
 
@@ -352,9 +354,9 @@ class LiveWeights:
                 if newest is not None and newest >= step:
                     return self.read()
                 if deadline is not None and time.monotonic() > deadline:
-                    raise TimeoutError(f"step {step} was not published within {timeout:g} s")
+                    raise TimeoutError(f"step {step:,} was not published within {timeout:g} s")
                 if not alive:
-                    raise EndedError(f"the run ended before step {step} was published")
+                    raise EndedError(f"the run ended before step {step:,} was published")
                 time.sleep(_POLL)
 
     def __iter__(self) -> Iterator[Version]:

@@ -100,7 +100,7 @@ def test_four_terminals(tmp_path: Path) -> None:
             predicted = run_src("predict", "--live", RUN, "--data.images", "red.png", cwd=tmp_path).stdout
             assert re.search(rf"weights: {RUN}, step {seen[2]}, 0 steps \([\d.]+ s\) old\n", predicted), predicted
             assert re.search(r"^red\.png  \w+  [\d.]+$", predicted, re.MULTILINE)
-            assert steer(tmp_path, "checkpoint").endswith(f"path {RUN}/checkpoints/last.ckpt\n")
+            assert steer(tmp_path, "checkpoint").endswith(f": saved {RUN}/checkpoints/last.ckpt\n")
             assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == int(
                 seen[2].replace(",", "")
             )
@@ -113,11 +113,11 @@ def test_four_terminals(tmp_path: Path) -> None:
             assert steer(tmp_path, "--id", "twice", "weight_decay=0.001").startswith("step ")
             assert steer(tmp_path, "--id", "twice", "weight_decay=0.001").endswith("(done before)\n")
             assert steer(tmp_path, "--no-wait", "log_every_n_steps=3").startswith("sent: --id ")
-            assert re.fullmatch(r"step [\d,]+: path .*last\.ckpt\n", steer(tmp_path, "stop"))
+            assert re.fullmatch(r"step [\d,]+: saved .*last\.ckpt\n", steer(tmp_path, "stop"))
             out, err = fit.communicate(timeout=60)
             assert fit.returncode == 0, err
             command = f"python -m src fit --ckpt_path {RUN}/checkpoints/last.ckpt"
-            assert re.fullmatch(rf"stopped by steer at step \d+; go on with: {command}\n", err)
+            assert re.fullmatch(rf"stopped by steer at step [\d,]+; go on with: {command}\n", err)
             watched, err = watch.communicate(timeout=60)
             assert (watch.returncode, err) == (0, "")
     assert watched.endswith("the run has ended\n") or "the run has ended\n" in watched
@@ -125,7 +125,7 @@ def test_four_terminals(tmp_path: Path) -> None:
     assert lines
     assert "│ circle   │" in watched
     assert re.search(
-        r"^step \d+: lr 0\.02 -> 0\.01, momentum 0\.9 -> 0\.8, batch_size 50 -> 40 \(\S+@\S+\)$", out, re.M
+        r"^step [\d,]+: lr 0\.02 -> 0\.01, momentum 0\.9 -> 0\.8, batch_size 50 -> 40 \(\S+@\S+\)$", out, re.M
     )
 
     assert [step for step, _ in scalars(run / "live")["live/val_acc"]], "beside the run's own curves"
@@ -138,7 +138,7 @@ def test_four_terminals(tmp_path: Path) -> None:
         "set lr 0.02 -> 0.01",
         "pause",
         "evaluate",
-        "checkpoint path",
+        "checkpoint saved",
         "resume",
         "refused {",
         "stop",

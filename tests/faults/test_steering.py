@@ -15,7 +15,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.controls import _size_problem
+from src.callbacks.feeding import Feeding
+from src.callbacks.signals import Signals
+from src.callbacks.steering import Steering
 from src.checkpoint_io import commit, serialize
+from src.errors import Interrupted
 from src.live.journal import Journal
 from src.steer import main as steer
 from tests.faults.probe import (
@@ -249,6 +253,29 @@ def test_a_command_is_shown_by_the_word_that_was_typed(capsys: pytest.CaptureFix
     assert steer([str(RUN), "history"]) == 0
     shown = [re.split(r"  +", line)[2] for line in capsys.readouterr().out.splitlines()]
     assert shown == ["pause", "resume", 'gone on with config {"trainer.max_epochs": 1} -> {"trainer.max_epochs": 2}']
+
+
+def test_what_a_command_saved_is_told_as_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Journal(Path("live/journal.jsonl")).append(1409, "stop", effective={"path": "last.ckpt"})
+    answers = {"stop": {"step": 1409, "result": {"path": "last.ckpt"}}, "pause": {"step": 1409}}
+    monkeypatch.setattr("src.steer.send", lambda _, command, __: answers[command.do])
+    for word in ("history", "stop", "pause"):
+        assert steer([".", word]) == 0
+    history, stopped, paused = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 1,409 +[\d: -]+  stop saved last\.ckpt", history)
+    assert (stopped, paused) == ("step 1,409: saved last.ckpt", "step 1,409: pause")
+
+
+def test_the_fit_writes_a_large_step_as_steer_does(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1409, logger=None, checkpoint_callbacks=[])
+    signals = Signals()
+    feeding = Feeding(None, None, dict)
+    Steering(True, None, {}, signals, dict, feeding)._show(trainer, "pause")
+    assert capsys.readouterr().out == "step 1,409: pause\n"
+    with pytest.raises(Interrupted, match=r"^stopped by steer at step 1,409; nothing was saved$"):
+        signals.leave(trainer, None, 0)
 
 
 @pytest.mark.parametrize("step", [3, 6])
