@@ -23,7 +23,8 @@ from src.live.journal import SHOWN, Journal
 _HELP = """\
 what to do, one of:
   lr=0.02 momentum=0.95 weight_decay=5e-4 batch_size=128 label_smoothing=0.1
-  log_every_n_steps=5    new values, all of them or none; status lists what there is
+  'betas=[0.9,0.99]' eps=1e-8 log_every_n_steps=5
+                         new values, all of them or none; status lists what there is
   checkpoint             write last.ckpt now
   evaluate               score the val split now
   pause, resume          stop between two steps, and go on
@@ -103,7 +104,8 @@ def _value(name: str, text: str) -> Any:
             if isinstance(value, float) and not math.isfinite(value):
                 break
             return value
-    raise UsageError(f"{name}: {text!r} is not a number")
+    form = "; there are two, as in 'betas=[0.9,0.99]'" if name == "betas" else ""
+    raise UsageError(f"{name}: {text!r} is not a number{form}")
 
 
 def _print_answer(command: Command, answer: dict[str, Any]) -> None:

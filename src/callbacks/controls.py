@@ -106,10 +106,11 @@ def _like(current: Any, name: str) -> Callable[[Any], str | None]:
     """Return what looks at values that are one number, or as many as the current one has."""
     if not isinstance(current, (tuple, list)):
         return partial(_problem, _BOUNDS[name])
+    form = ",".join(f"{float(value):g}" for value in current)
 
     def problem(value: Any) -> str | None:
         if not isinstance(value, list) or len(value) != len(current):
-            return f"is not a list of {len(current)} numbers"
+            return f"is not a list of {len(current)} numbers, as in '{name}=[{form}]'"
         return next((p for v in value if (p := _problem(_BOUNDS[name], v))), None)
 
     return problem

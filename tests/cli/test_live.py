@@ -242,6 +242,8 @@ def test_steering_and_publishing_can_be_turned_off(tmp_path: Path) -> None:
         (["steer", "x", "lr=fast"], "lr: 'fast' is not a number"),
         (["steer", "x", "lr=NaN"], "lr: 'NaN' is not a number"),
         (["steer", "x", "lr=1e999"], "lr: '1e999' is not a number"),
+        (["steer", "x", "betas=0.9,0.99"], "betas: '0.9,0.99' is not a number; there are two, as in "
+         "'betas=[0.9,0.99]'"),
         (["steer", "x", "lr=1", "lr=2"], "lr is given twice"),
         (["steer", "x", "=3"], "'=3': the name of a value is missing, as in lr=0.02"),
         (["steer", "x"], "the following arguments are required: WHAT; see python -m src steer --help"),
@@ -275,7 +277,8 @@ def test_a_run_that_is_not_there_is_one_line(words: list[str], said: str, tmp_pa
 
 def test_the_help_tells_what_there_is(tmp_path: Path) -> None:
     assert "steer RUN lr=0.02" in " ".join(run_src("--help", cwd=tmp_path).stdout.split())
-    assert "label_smoothing=0.1" in run_src("steer", "--help", cwd=tmp_path).stdout
+    told = run_src("steer", "--help", cwd=tmp_path).stdout
+    assert all(word in told for word in ("label_smoothing=0.1", "'betas=[0.9,0.99]'", "eps=1e-8"))
     assert "--once" in run_src("watch", "--help", cwd=tmp_path).stdout
     for name in ("--publish_every_n_steps", "--steering", "--replay"):
         assert name in run_src("fit", "--help", cwd=tmp_path).stdout

@@ -255,6 +255,14 @@ def test_a_command_is_shown_by_the_word_that_was_typed(capsys: pytest.CaptureFix
     assert shown == ["pause", "resume", 'gone on with config {"trainer.max_epochs": 1} -> {"trainer.max_epochs": 2}']
 
 
+def test_betas_that_are_no_pair_are_refused_with_their_form() -> None:
+    commands: Script = {3: [{"set": {"betas": 0.9}}, {"set": {"betas": [0.8]}}]}
+    steered("--trainer.max_epochs=1", *MORE["adam"], commands=commands, crashes=[])
+    told = "is not a list of 2 numbers, as in 'betas=[0.9,0.999]'"
+    found = [line["effective"] for line in Journal(RUN / "live/journal.jsonl").read()]
+    assert found == [f"betas: 0.9 {told}", f"betas: [0.8] {told}"]
+
+
 def test_what_a_command_saved_is_told_as_saved(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
