@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pydoc
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,25 @@ _LINKED = {
     ("data", "seed"): "it is that of the whole run; give seed_everything",
     ("model", "network", "num_classes"): "it is that of the data set, and is not given",
 }
+
+
+def configs_first(args: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Put the configs right behind the sub-command, in their order: all else that the command line says beats them.
+
+    >>> configs_first(["fit", "--data.root", "data", "-c", "a.yaml", "--config=b.yaml"], ["fit"])
+    ['fit', '--config=a.yaml', '--config=b.yaml', '--data.root', 'data']
+    """
+    where = next((i + 1 for i, word in enumerate(args) if word in commands), len(args))
+    configs, others, words = [], [], list(args[where:])
+    while words:
+        word = words.pop(0)
+        if word in ("--config", "-c") and words and not words[0].startswith("--"):
+            configs.append(f"--config={words.pop(0)}")
+        elif found := re.match(r"(?:--config=|-c=?)(.+)", word, re.DOTALL):
+            configs.append(f"--config={found[1]}")
+        else:
+            others.append(word)
+    return [*args[:where], *configs, *others]
 
 
 def join_paths(args: Sequence[str], option: str = "--data.images") -> list[str]:

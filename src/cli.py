@@ -31,6 +31,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from src import __version__
 from src.arguments import (
     config_texts,
+    configs_first,
     find_checkpoint,
     join_paths,
     newer_run,
@@ -167,7 +168,7 @@ class CLI(LightningCLI):
                 network.init_args = type(network)()
             return config
 
-        args = read_pipes(join_paths(args))
+        args = read_pipes(join_paths(configs_first(args, SUBCOMMANDS)))
         Parser.command_line = args
         texts = config_texts(args)
         early = bool(args) and args[0].partition("=")[0] in ("--config", "-c")

@@ -135,6 +135,41 @@ def test_what_an_optimizer_takes_over_from_the_one_that_nobody_named_is_told(
             assert capsys.readouterr().out.count(told) == notes
 
 
+@pytest.mark.parametrize(
+    "config",
+    [["--config", "x.yaml"], ["--config=x.yaml"], ["-c", "x.yaml"], ["-c=x.yaml"], ["-cx.yaml"]],
+    ids=" ".join,
+)
+def test_the_command_line_beats_a_config_that_stands_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(
+        "trainer: {max_steps: 5, max_epochs: 9, callbacks: [{class_path: ModelSummary}]}\n"
+        "data: {class_path: Shapes10, init_args: {batch_size: 8, val_size: 9}}\n"
+        "model: {optimizer: {class_path: SGD, init_args: {lr: 0.3}}}"
+    )
+    said = ["--trainer.max_steps=3", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    said += ["--data", "CIFAR10", "--data.batch_size", "7", "--model.optimizer.lr=0.1"]
+    later = ["--config=trainer: {max_steps: 6, max_epochs: 2}"]
+    with pytest.raises(SystemExit):
+        main(["fit", *said, *config, *later, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["trainer"]["max_steps"], printed["trainer"]["max_epochs"]) == (3, 2)
+    names = [callback["class_path"].rpartition(".")[2] for callback in printed["trainer"]["callbacks"]]
+    assert names == ["ModelSummary", "EarlyStopping"]
+    assert printed["data"]["class_path"] == "src.data.CIFAR10"
+    assert (printed["data"]["init_args"]["batch_size"], printed["data"]["init_args"]["val_size"]) == (7, 9)
+    assert printed["model"]["optimizer"]["init_args"]["lr"] == 0.1
+
+
+def test_a_config_without_a_file_is_refused_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--config"], ["--config", "--trainer.max_steps=3"], ["x.yaml", "-c"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", *words])
+        assert "expected one argument" in capsys.readouterr().err
+
+
 def test_a_note_is_no_reason_to_refuse_what_can_be_done(tmp_path: Path) -> None:
     Path(tmp_path / "step.yaml").write_text("model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR}}")
     words = ["--config=step.yaml", "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"]
