@@ -1,10 +1,11 @@
 """The options of fit, validate, test and predict beyond Lightning's own, and how a bad command line is answered."""
 
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from src.arguments import config_texts
@@ -50,13 +51,21 @@ _TEXTS = {
 _OF_FITS = ("checkpoint", "guard", "new_run", "chunk_size", "cuda_graph", "publish_every_n_steps", "steering", "replay")
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Leaves out the null that the parser has as the default of what has one in `DEFAULTS`."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text: str = super()._get_help_string(action)
+        return text.replace(", default: %(default)s", "") if action.dest in _DEFAULTS else text
+
+
 class Parser(LightningArgumentParser):
     """A parser whose errors take one line, and which takes no abbreviations for options."""
 
     command_line: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the command line, in one line, and exit."""
@@ -122,6 +131,8 @@ def describe_options(parser: LightningArgumentParser, subcommand: str) -> None:
         action.help = _TEXTS.get(action.dest, action.help)
         if action.dest in _DEFAULTS:
             action.help = f"{action.help} By default {_DEFAULTS[action.dest]}."
+            action.required = False  # so says the help; null is refused as before
+            parser._extra_required_keys.add(action.dest)
         if subcommand != "fit" and action.dest.partition(".")[0] in _OF_FITS:
             action.help = SUPPRESS
     if subcommand != "fit":

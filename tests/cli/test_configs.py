@@ -202,6 +202,10 @@ def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:
     for phrase in ("in [0, 1)", "--model.label_smoothing", "--checkpoint.monitor", "--data.help", "or best or last"):
         assert phrase in text
     assert len(text.splitlines()) < 500, "help must stay readable"
+    assert "[--model.network NETWORK]" in text and "(required" not in text, "fit alone will do"
+    words = " ".join(text.split())
+    assert "By default src.networks.CNN. (type: <class 'Network'>, known" in words
+    assert "By default src.data.Shapes10. (type: Optional[ImageData], known" in words
 
 
 def test_the_help_of_an_evaluation_leaves_out_what_is_for_fits_but_their_configs_are_taken(tmp_path: Path) -> None:
