@@ -165,6 +165,33 @@ def _classes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _classes(item, key if name == "init_args" else f"{key}.{name}")
 
 
+def empty_strays(config: Any, parsed: Any, key: str = "") -> Iterator[str]:
+    """Yield the dotted keys of empty sections that the parser has made nothing of: it lets these pass.
+
+    >>> list(empty_strays({"trainer": {}, "modle": {"network": {}}}, {"trainer": {"max_epochs": 3}}))
+    ['modle']
+    """
+    if isinstance(config, list) and isinstance(parsed, list):
+        for item, found in zip(config, parsed, strict=False):
+            yield from empty_strays(item, found, key)
+    if not (isinstance(config, dict) and isinstance(parsed, dict)):
+        return
+    classes = [str(section["class_path"]).rpartition(".")[2] for section in (config, parsed) if "class_path" in section]
+    if len(set(classes)) > 1:  # another has taken its place
+        return
+    there = {"init_args": {}, "class_path": "", "dict_kwargs": None, **(parsed.get("init_args") or {}), **parsed}
+    for name, value in config.items():
+        dotted = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+        if name in there:
+            yield from empty_strays(value, there[name], dotted)
+        elif _is_empty(value):
+            yield dotted
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_empty, value.values()))
+
+
 def check_keys(text: str, name: str) -> None:
     """See that no key of a YAML text is given twice: the first would be forgotten.
 

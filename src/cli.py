@@ -32,6 +32,7 @@ from src import __version__
 from src.arguments import (
     config_texts,
     configs_first,
+    empty_strays,
     find_checkpoint,
     join_paths,
     newer_run,
@@ -181,6 +182,10 @@ class CLI(LightningCLI):
         self.config = parse(only(args, finds) if look else args)
         command = self.config.subcommand
         ckpt_path = self.config[command].ckpt_path
+        for config in map(yaml.safe_load, texts):
+            section = config.get(command, config) if early else config
+            for key in empty_strays(section, self.config[command].as_dict()):
+                self._parser(command).error(f"it does not accept option '{key}'")
         refuse_linked(options, texts)
         self.said = {option.removeprefix("--").rstrip("+").replace(".init_args", "") for option in options}
         where = args.index(command) + 1 if command in args else 0
@@ -195,7 +200,7 @@ class CLI(LightningCLI):
             self._weights_config = config
             refuse_strangers(self.live / "config.yaml", config, "\n".join([*said, *texts]), _SECTIONS)
             base = yaml.safe_dump(config, sort_keys=False)
-            args = [*args[:where], f"--config={base}", *args[where:]]
+            Parser.command_line = args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)
         elif ckpt_path is None:
             if command != "fit":
@@ -210,7 +215,7 @@ class CLI(LightningCLI):
             said = [word for word in args if not word.endswith(str(ckpt_path))]  # a file's name is no trust in it
             stored = stored_config(self.checkpoint, content, "\n".join([*said, *texts]), _SECTIONS)
             base = yaml.safe_dump(_inherited(stored, command), sort_keys=False)
-            args = [*args[:where], f"--config={base}", *args[where:]]
+            Parser.command_line = args = [*args[:where], f"--config={base}", *args[where:]]
             self.config = parse(args)
             self.config[command].ckpt_path = str(self.checkpoint)
             self._weights_config = stored

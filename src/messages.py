@@ -4,8 +4,9 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +35,9 @@ _WORDS = {
 }
 
 
-def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Sequence[str]) -> str:
+def explain(
+    message: str, keys: Sequence[str], args: Sequence[str], configs: Sequence[str], classes: Mapping[str, str]
+) -> str:
     """Return a parser's message as one line.
 
     Args:
@@ -42,16 +45,19 @@ def explain(message: str, keys: Sequence[str], args: Sequence[str], configs: Seq
         keys: The dotted keys that exist, for a hint at misspelt ones.
         args: The command line.
         configs: The texts of the configs that were given.
+        classes: Those of the keys for which nobody names one.
     """
-    known = [*keys, *_parameter_names()]
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         option = found[1].split("=")[0]
         if not option.startswith("--"):
             return f"{option!r} is not an option: options begin with --"
-        return f"unknown option {option}{_hint(option.removeprefix('--'), known, '--')}"
+        return f"unknown option {option}{_hint(option.removeprefix('--'), keys, args, configs, classes, '--')}"
     if found := re.search(r"(?:does not accept option|Option) '([^']+)'", message):
-        key = _locate(found[1], args, configs)
-        return f"unknown key {key}{_hint(key, known)}"
+        key = _locate(found[1], args, configs).replace(".init_args", "")
+        section = key.rpartition(".")[0]
+        if section and message.endswith("' is not accepted"):  # a class says so, which does not know where it is
+            keys = [f"{section}.{name}" for name in ("help", *keys)]
+        return f"unknown key {key}{_hint(key, keys, args, configs, classes)}"
     if found := re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message):
         return f"unknown sub-command {found[1]!r}; choose from {found[2].replace(chr(39), '')}, watch, steer, feed"
     if found := re.search(r"expected \"subcommand\" to be one of \{(.+)\}", message):
@@ -211,15 +217,51 @@ def _parameter_names() -> set[str]:
     return {name for c in classes for name in inspect.signature(c.__init__).parameters} - {"self", "kwargs"}
 
 
-def _hint(key: str, known: Sequence[str], prefix: str = "") -> str:
-    leaf = key.rsplit(".", 1)[-1]
-    whole = difflib.get_close_matches(key, [k for k in known if "." in k], n=1, cutoff=0.85)
-    if whole:
-        return f"; did you mean {prefix}{whole[0]}?"
-    leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
-    if leaves and leaves[0] != leaf:
-        return f"; did you mean {prefix}{key[: len(key) - len(leaf)]}{leaves[0]}?"
+def _hint(
+    key: str,
+    keys: Sequence[str],
+    args: Sequence[str],
+    configs: Sequence[str],
+    classes: Mapping[str, str],
+    prefix: str = "",
+) -> str:
+    """Say what a key that there is not was to be, or else what lists those that there are."""
+    if near := _near(key, keys):
+        return f"; did you mean {prefix}{near}?"
+    section = key.rpartition(".")[0]
+    if any(key.startswith(k.removesuffix("help")) for k in keys if k.endswith(".help")):
+        name = _class_named(section, args, configs, classes)
+        return f"; python -m src fit --{section}.help {name} lists what there is"
     return "; --help lists what there is"
+
+
+def _near(key: str, keys: Sequence[str]) -> str:
+    """Return the key that a misspelt one was to be, as far as that can be told; else nothing."""
+    paths, parts = [k.split(".") for k in keys], key.split(".")
+    close = partial(difflib.get_close_matches, n=1, cutoff=0.75)
+    for i, part in enumerate(parts):
+        there = {path[i] for path in paths if path[:i] == parts[:i] and len(path) > i} - {"help"}
+        names = there or _parameter_names()  # of a class, which may be any
+        if part not in names and (near := close(part, sorted(names))):
+            parts[i] = near[0]
+        elif part not in names and there:
+            leaves = {path[-1]: ".".join(path) for path in paths}
+            return leaves[close(part, leaves)[0]] if len(parts) == 1 and close(part, leaves) else ""
+    return ".".join(parts) if parts != key.split(".") else ""
+
+
+def _class_named(section: str, args: Sequence[str], configs: Sequence[str], classes: Mapping[str, str]) -> str:
+    """Return the class that a section is given at last, or has if nobody names one; else CLASS."""
+    values = [yaml.safe_load(text) for text in configs]
+    for part in section.split("."):
+        values = [value.get(part) if isinstance(value, dict) else None for value in values]
+    for word, value in pairwise([*args, ""]):
+        option, equals, given = word.partition("=")
+        if option in (f"--{section}", f"--{section}.class_path"):
+            with suppress(yaml.YAMLError, ValueError):
+                values.append(yaml.safe_load(given if equals else value))
+    names = [value.get("class_path") if isinstance(value, dict) else value for value in values]
+    return next((name for name in reversed(names) if isinstance(name, str)), classes.get(section, "CLASS"))
 
 
 def _locate(name: str, args: Sequence[str], configs: Sequence[str]) -> str:

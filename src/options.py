@@ -34,6 +34,9 @@ DEFAULTS = [f"--{key}={name}" for key, name in _DEFAULTS.items()]
 """The classes of what nobody names, as the first words of a command line. Of a default that the parser knows as such it
 would leave the arguments, such as a val_size, to a class that is named in its place."""
 
+_OF_MODEL = {"model.optimizer": "SGD", "model.selection": "Selection"}
+"""The classes of what nobody names, too, but chosen by the model."""
+
 EPILOG = (
     "The options of a class are told by --data.help CIFAR10, --model.network.help WhitenedCNN, "
     "--model.optimizer.help src.optim.Muon and the like."
@@ -71,7 +74,8 @@ class Parser(LightningArgumentParser):
         """Say what is wrong with the command line, in one line, and exit."""
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions]
-        error = UsageError(explain(message, keys, Parser.command_line, config_texts(Parser.command_line)))
+        args = Parser.command_line
+        error = UsageError(explain(message, keys, args, config_texts(args), {**_OF_MODEL, **_DEFAULTS}))
         error.__cause__ = ex
         # The parser takes an exception inside a nested class for one more alternative that did not fit; not an exit.
         raise SystemExit(refuse(error))

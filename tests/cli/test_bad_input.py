@@ -18,6 +18,29 @@ BAD_ARGUMENTS = [
     (["fit", "--trainr.max_epochs=3"], "unknown option --trainr.max_epochs; did you mean --trainer.max_epochs?"),
     (["fit", "--data.batch_sise", "3"], "unknown key data.batch_sise; did you mean data.batch_size?"),
     (["fit", "--model.optimizer.lrr", "3"], "unknown key model.optimizer.lrr; did you mean model.optimizer.lr?"),
+    (["fit", "--model.optimiser.lrr", "3"], "unknown option --model.optimiser.lrr; did you mean --model.optimizer.lr?"),
+    (["fit", "--max_epochs", "3"], "unknown option --max_epochs; did you mean --trainer.max_epochs?"),
+    (
+        ["fit", "--model.optimizer.learning_rate=0.1"],
+        "unknown key model.optimizer.learning_rate; python -m src fit --model.optimizer.help SGD lists what there is",
+    ),
+    (
+        ["fit", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.learning_rate=0.1"],
+        "unknown key model.optimizer.learning_rate; python -m src fit --model.optimizer.help torch.optim.AdamW lists",
+    ),
+    (
+        ["fit", "--data.root", "x"],
+        "unknown key data.root; python -m src fit --data.help src.data.Shapes10 lists what there is",
+    ),
+    (
+        ["fit", "--config", f"{CONFIGS}/cifar10.yaml", "--data.train_images=3"],
+        "unknown key data.train_images; python -m src fit --data.help src.data.CIFAR10 lists what there is",
+    ),
+    (
+        ["fit", "--model.lr_scheduler.foo=3"],
+        "unknown key model.lr_scheduler.foo; python -m src fit --model.lr_scheduler.help CLASS lists what there is",
+    ),
+    (["fit", "--guard.foo=3"], "unknown option --guard.foo; --help lists what there is"),
     (["fit", "stray"], "'stray' is not an option"),
     (["fitt"], "unknown sub-command 'fitt'; choose from fit, validate, test, predict"),
     ([], "give a sub-command: fit, validate, test, predict, watch, steer, feed"),
@@ -247,7 +270,23 @@ BAD_ARGUMENTS = [
 
 BAD_CONFIGS = [
     ("trainer: {max_epoch: 3}", "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
-    ("optimiser: 1", "unknown key optimiser"),
+    ("trainr: {max_epoch: 3}", "unknown key trainr.max_epoch; did you mean trainer.max_epochs?"),
+    ("optimiser: 1", "unknown key optimiser; did you mean model.optimizer?"),
+    ("modle: null", "unknown key modle; did you mean model?"),
+    ("modle: {}", "unknown key modle; did you mean model?"),
+    ("modle: {network: {}}", "unknown key modle; did you mean model?"),
+    ("checkpoint: {every_n_step: {}}", "unknown key checkpoint.every_n_step; did you mean checkpoint.every_n_steps?"),
+    ("data: {bach_size: {}}", "unknown key data.bach_size; did you mean data.batch_size?"),
+    ("data: {class_path: CIFAR10, init_args: {roots: {}}}", "unknown key data.roots; did you mean data.root?"),
+    (
+        "trainer: {callbacks: [{class_path: ModelSummary, init_args: {max_dept: {}}}]}",
+        "unknown key trainer.callbacks.max_dept",
+    ),
+    ("model: {optimiser: {class_path: SGD}}", "unknown key model.optimiser.class_path; did you mean model.optimizer.c"),
+    (
+        "model: {optimiser: {class_path: SGD, init_args: {lr: 0.1}}}",
+        "unknown key model.optimiser.lr; did you mean model.optimizer.lr?",
+    ),
     (
         "data: {class_path: CIFAR10, init_args: {batch_sise: 3}}",
         "unknown key data.batch_sise; did you mean data.batch_",
@@ -325,6 +364,15 @@ def test_a_bad_config_is_refused_in_one_line(
     Path("bad.yaml").write_text(text)
     status, error = refusal(["fit", "--config", "bad.yaml"], capsys)
     assert (status, line in error) == (2, True), error
+
+
+def test_an_unknown_argument_of_a_class_that_only_a_run_names_is_refused_with_what_lists_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("data: {class_path: src.data.CIFAR10}")
+    _, error = refusal(["test", "--live", ".", "--data.train_images=3"], capsys)
+    assert error.startswith("unknown key data.train_images; python -m src fit --data.help src.data.CIFAR10 lists")
 
 
 @pytest.mark.parametrize(("args", "line"), FAILURES, ids=[" ".join(a) for a, _ in FAILURES])

@@ -170,6 +170,21 @@ def test_a_config_without_a_file_is_refused_wherever_it_stands(capsys: pytest.Ca
         assert "expected one argument" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{trainer: {}, model: {}, data: {}, checkpoint: {}, guard: {}}",
+        "model: {optimizer: {class_path: SGD, init_args: {}, dict_kwargs: {}}, network: {}, lr_scheduler: {}}",
+        "trainer: {callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {}}}]}",
+        "data: {class_path: Shapes10, init_args: {}}",
+    ],
+)
+def test_an_empty_section_that_there_is_changes_nothing(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", f"--config={text}\n", "--data=CIFAR10", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"] == "src.data.CIFAR10"
+
+
 def test_a_note_is_no_reason_to_refuse_what_can_be_done(tmp_path: Path) -> None:
     Path(tmp_path / "step.yaml").write_text("model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR}}")
     words = ["--config=step.yaml", "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"]
