@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
+    Timer,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -24,6 +26,7 @@ from src.data import ImageData
 from src.errors import Failure, UsageError
 from src.hardware import device_type, refuse_precision
 from src.live.replay import replayed
+from src.messages import EXPECTED
 from src.trust import leaves
 
 # The least values of the Trainer's numbers that it does not check itself.
@@ -81,6 +84,11 @@ def check_config(command: str, config: Namespace) -> str:
             "trainer.reload_dataloaders_every_n_epochs: leave it out: a loader draws each epoch anew by itself, and "
             "holds what has been fed and steered"
         )
+    try:
+        Timer(trainer.max_time)
+    except (MisconfigurationException, TypeError, OverflowError) as error:
+        expected = EXPECTED["trainer.max_time"]
+        raise UsageError(f"trainer.max_time: {trainer.max_time!r} is not valid; expected {expected}") from error
     folder = str(trainer.default_root_dir)
     if "\0" in folder:
         raise UsageError("trainer.default_root_dir: no path has a NUL in it")

@@ -35,6 +35,13 @@ _WORDS = {
 }
 
 
+EXPECTED = {
+    "seed_everything": "a whole number",
+    "trainer.max_time": "days:hours:minutes:seconds, such as 00:01:30:00",
+}
+"""What is right for keys whose types say something else, or too little."""
+
+
 def explain(
     message: str, keys: Sequence[str], args: Sequence[str], configs: Sequence[str], classes: Mapping[str, str]
 ) -> str:
@@ -117,7 +124,7 @@ def _bad_value(key: str, detail: str) -> str:
         if not _base(key, detail) and numbers not in ("", "null"):
             return f"{key}: {found[1]!r} is not valid; expected {numbers}"
         return _no_class(key, found[1], detail)
-    expected = _expected(detail)
+    expected = EXPECTED.get(key) or _expected(detail)
     if value is not None and expected == "null":  # all else that it may be is too long to tell
         return f"{key}: {value!r} is not valid; see --help"
     if value is None or not expected:

@@ -50,6 +50,15 @@ BAD_ARGUMENTS = [
     (["fit", "--model.optimizer.lr", "fast"], "model.optimizer.lr: 'fast' is not valid; expected a number"),
     (["fit", "--trainer.precision", "9-true"], "trainer.precision: '9-true' is not valid; expected"),
     (["fit", "--seed_everything", "true"], "seed_everything: give a whole number"),
+    (["fit", "--seed_everything", "x"], "seed_everything: 'x' is not valid; expected a whole number\n"),
+    (
+        ["fit", "--trainer.max_time", "3s"],
+        "trainer.max_time: '3s' is not valid; expected days:hours:minutes:seconds, such as 00:01:30:00\n",
+    ),
+    (
+        ["fit", "--trainer.max_time={minute: 3}"],
+        "trainer.max_time: {'minute': 3} is not valid; expected days:hours:minutes:seconds",
+    ),
     (["fit", "--chunk_size", "0"], "chunk_size: 0 is out of range: at least 1 step"),
     (["fit", "--data.split_seed=null"], "data.split_seed: null is not valid; leave it out to have the default"),
     (["fit", "--data.batch_size=null"], "data.batch_size: null is not valid"),
@@ -271,6 +280,10 @@ BAD_ARGUMENTS = [
 BAD_CONFIGS = [
     ("trainer: {max_epoch: 3}", "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
     ("trainr: {max_epoch: 3}", "unknown key trainr.max_epoch; did you mean trainer.max_epochs?"),
+    (
+        "trainer: {max_time: 1:30:00}",
+        "trainer.max_time: '5400' is not valid; expected days:hours:minutes:seconds, such",
+    ),
     ("optimiser: 1", "unknown key optimiser; did you mean model.optimizer?"),
     ("modle: null", "unknown key modle; did you mean model?"),
     ("modle: {}", "unknown key modle; did you mean model?"),
