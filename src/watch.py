@@ -23,7 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.report import class_scores, scores_table
 from src.cli import CLI, age_text
 from src.cli import main as run
-from src.errors import Interrupted, OneLineParser, UsageError, refuse
+from src.errors import Failure, Interrupted, OneLineParser, UsageError, refuse
+from src.hardware import device_type
 from src.live.commands import LOCK
 from src.live.files import open_lock
 from src.live.liveness import lives, try_hold
@@ -58,7 +59,13 @@ def main(args: Sequence[str]) -> int:
         kind, _, index = options.device.partition(":")
         if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
             raise UsageError(f"device: {options.device!r} is none of cpu, cuda, cuda:1, mps")
-    except UsageError as error:
+        if device_type(kind) != kind:
+            raise Failure(f"device: {options.device}: torch finds none on this machine; use cpu")
+        if not options.run.is_dir():
+            raise Failure(f"{options.run}: there is no such folder; give that of a run")
+        if not (options.run / "config.yaml").is_file():
+            raise Failure(f"{options.run} is not the folder of a run: it has no config.yaml")
+    except (UsageError, Failure) as error:
         return refuse(error)
     if kind == "cpu":
         torch.set_num_threads(1)

@@ -23,6 +23,7 @@ from src.live.weights import LiveWeights
 from tests.conftest import REPOSITORY, TINY, run_src
 
 RUN = Path("lightning_logs/version_0")
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 ENDLESS = [*TINY, "--trainer.max_epochs=100000", "--publish_every_n_steps=1", "--model.network.norm=batch"]
 
 
@@ -264,7 +265,9 @@ def test_a_command_that_cannot_be_is_one_line(words: list[str], said: str, tmp_p
         (["steer", ".", "history"], ". is not the folder of a run"),
         (["steer", ".", "status"], ". is not the folder of a run"),
         (["steer", "x", "status"], "x: there is no such folder; give that of a run"),
-        (["watch", "x"], "live: x is not the folder of a run: it has no config.yaml"),
+        (["watch", "x"], "x: there is no such folder; give that of a run"),
+        (["watch", "."], ". is not the folder of a run: it has no config.yaml"),
+        (["watch", ".", f"--device={ABSENT}"], f"device: {ABSENT}: torch finds none on this machine; use cpu"),
         (["predict", "--live", "x", "--data.images=y"], "live: x is not the folder of a run: it has no config.yaml"),
         (["fit", "--replay", "x"], "replay: x is not the folder of a run: it has no config.yaml"),
     ],
