@@ -156,10 +156,15 @@ class ImageClassifier(pl.LightningModule):
                 f"model.lr_scheduler: it goes by {self._monitor}, and nothing is validated; see data.val_size"
             )
         if self.trainer.ckpt_path is None:
-            for network in self.networks.values():
+            for prefix, network in self.networks.items():
                 if type(network).initialize is not Network.initialize:
                     network.initialize(self.trainer.datamodule.sample(5000))  # type: ignore[attr-defined]
-                network.load_pretrained()
+                try:
+                    network.load_pretrained()
+                except Failure as error:
+                    if not str(error).startswith("weights: "):
+                        raise
+                    raise Failure(f"model.{prefix or 'network.'}{error}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the lr has been multiplied by, and the hyper-parameters that were asked for."""

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
+from src.errors import Failure
 from src.networks.network import Network, read_weights
 
 
@@ -68,7 +69,14 @@ class ResNet(Network):
             return
         if self.weights == "DEFAULT":
             weights = torchvision.models.get_model_weights(f"resnet{self.depth}").DEFAULT
-            state = weights.get_state_dict(progress=True, check_hash=True)
+            try:
+                state = weights.get_state_dict(progress=True, check_hash=True)
+            except (OSError, RuntimeError) as error:  # RuntimeError: the download came out with another hash
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise Failure(
+                    f"weights: DEFAULT could not be downloaded ({reason}): fetch {weights.url} by other means and give "
+                    f"its file in place of DEFAULT"
+                ) from error
         else:
             state = read_weights(Path(self.weights))
         if not any(name.startswith("resnet.") for name in state):  # torchvision's own names lack our attribute's

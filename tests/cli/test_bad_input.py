@@ -339,7 +339,11 @@ FAILURES = [
         ["fit", "--data", "CIFAR10", "--data.download", "false"],
         "there is no CIFAR-10 in data: put cifar-10-python.tar.gz",
     ),
-    (["fit", "--model.network", "CNN", "--model.network.weights", "no.pt"], "weights: there is no file no.pt"),
+    (["fit", "--model.network", "CNN", "--model.network.weights", "no.pt"], "model.network.weights: there is no file"),
+    (
+        ["fit", "--model.selection.network", "CNN", "--model.selection.network.weights=no.pt"],
+        "model.selection.network.weights: there is no file no.pt",
+    ),
 ]
 
 

@@ -1,9 +1,11 @@
 """Behaviour of src/networks/: exact sizes, and weights that are loaded whole or refused."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -180,6 +182,23 @@ def test_default_weights_are_fetched_when_they_are_loaded_and_checked(monkeypatc
     network.load_pretrained()
     assert calls == [(torchvision.models.ResNet18_Weights.DEFAULT, {"progress": True, "check_hash": True})]
     assert_backbone_is(network, state, before)
+
+
+@pytest.mark.parametrize(
+    "error", [URLError("no route"), RuntimeError("invalid hash value\nand more")], ids=["net", "hash"]
+)
+def test_default_weights_that_cannot_be_fetched_are_told_with_where_they_are_and_what_else_will_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def get_state_dict(*_: object, **__: object) -> dict[str, Tensor]:
+        raise error
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    url = re.escape(torchvision.models.ResNet18_Weights.DEFAULT.url)
+    said = (
+        rf"^weights: DEFAULT could not be downloaded \(.*(no route|value).*\): fetch {url} .* file in place of DEFAULT$"
+    )
+    assert_refused(ResNet(stem="imagenet", weights="DEFAULT"), said)
 
 
 def assert_refused(network: Network, pattern: str) -> None:
