@@ -180,7 +180,9 @@ def empty_strays(config: Any, parsed: Any, key: str = "") -> Iterator[str]:
     if len(set(classes)) > 1:  # another has taken its place
         return
     there = {"init_args": {}, "class_path": "", "dict_kwargs": None, **(parsed.get("init_args") or {}), **parsed}
-    for name, value in config.items():
+    for path, below in config.items():
+        name, _, rest = (path, "", "") if path in there else str(path).partition(".")
+        value = {rest: below} if rest else below
         dotted = key if name == "init_args" else f"{key}.{name}".lstrip(".")
         if name in there:
             yield from empty_strays(value, there[name], dotted)

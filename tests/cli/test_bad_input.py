@@ -287,6 +287,7 @@ BAD_CONFIGS = [
     ("optimiser: 1", "unknown key optimiser; did you mean model.optimizer?"),
     ("modle: null", "unknown key modle; did you mean model?"),
     ("modle: {}", "unknown key modle; did you mean model?"),
+    ("model.optimiser: {}", "unknown key model.optimiser; did you mean model.optimizer?"),
     ("modle: {network: {}}", "unknown key modle; did you mean model?"),
     ("checkpoint: {every_n_step: {}}", "unknown key checkpoint.every_n_step; did you mean checkpoint.every_n_steps?"),
     ("data: {bach_size: {}}", "unknown key data.bach_size; did you mean data.batch_size?"),

@@ -176,7 +176,8 @@ def test_a_config_without_a_file_is_refused_wherever_it_stands(capsys: pytest.Ca
         "{trainer: {}, model: {}, data: {}, checkpoint: {}, guard: {}}",
         "model: {optimizer: {class_path: SGD, init_args: {}, dict_kwargs: {}}, network: {}, lr_scheduler: {}}",
         "trainer: {callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {}}}]}",
-        "data: {class_path: Shapes10, init_args: {}}",
+        "trainer: {callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]}",
+        "{trainer.callbacks: {}, model.network.init_args: {}, data: {init_args: {}}}",
     ],
 )
 def test_an_empty_section_that_there_is_changes_nothing(text: str, capsys: pytest.CaptureFixture[str]) -> None:
