@@ -68,6 +68,16 @@ class Publish(pl.Callback):
         if step // self.every_n_steps > before // self.every_n_steps:
             self._publish(trainer, pl_module)
 
+    def publish_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publish the weights of this step before they are due, and wait until they are there."""
+        if self.publisher is None:
+            return
+        self.publisher.wait()  # what is under way may be of this very step
+        if self.publisher.published is None or self.publisher.published[0] != self._step:
+            self._publish(trainer, pl_module)
+        if self.publisher is not None:
+            self.publisher.wait()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing in the shared memory."""
         self._close()

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from src.callbacks.checkpoint import Checkpoint, start_of_epoch
 from src.callbacks.controls import controls_of, plan, set_total_steps, snapshot
 from src.callbacks.feeding import Feeding
+from src.callbacks.publish import Publish
 from src.callbacks.resume import Position, data_of, total_steps
 from src.callbacks.signals import Signals
 from src.checkpoint_io import manifest
@@ -279,6 +280,10 @@ class Steering(pl.Callback):
             raise Refusal(f"{command.do}: the run is {'paused already' if self._paused else 'not paused'}")
         self._note(trainer, "unpause" if command.do == "resume" else command.do, command.actor, command.id)
         self._paused = command.do == "pause"
+        if self._paused:  # who looks at a run that stands still is to see what it is, not what it was some steps ago
+            for callback in trainer.callbacks:  # type: ignore[attr-defined] # set outside of __init__
+                if isinstance(callback, Publish):
+                    callback.publish_now(trainer, module)
         return {}
 
     def _save(self, trainer: pl.Trainer, what: str) -> str:

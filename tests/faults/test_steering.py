@@ -21,6 +21,7 @@ from src.callbacks.steering import Steering
 from src.checkpoint_io import commit, serialize
 from src.errors import Interrupted
 from src.live.journal import Journal
+from src.live.weights import Publisher
 from src.steer import main as steer
 from tests.faults.probe import (
     SCRIPT,
@@ -253,6 +254,20 @@ def test_a_command_is_shown_by_the_word_that_was_typed(capsys: pytest.CaptureFix
     assert steer([str(RUN), "history"]) == 0
     shown = [re.split(r"  +", line)[2] for line in capsys.readouterr().out.splitlines()]
     assert shown == ["pause", "resume", 'gone on with config {"trainer.max_epochs": 1} -> {"trainer.max_epochs": 2}']
+
+
+def test_a_run_that_is_paused_publishes_the_weights_of_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = Publisher.publish
+
+    def noted(publisher: Publisher, state: Any, step: int, *rest: Any) -> bool:
+        with Path("published").open("a") as file:
+            file.write(f"{step} ")
+        return publish(publisher, state, step, *rest)
+
+    monkeypatch.setattr(Publisher, "publish", noted)
+    pauses: Script = {3: [{"do": "pause"}, {"do": "resume"}, {"do": "pause"}, {"do": "resume"}]}
+    steered("--trainer.max_epochs=1", "--publish_every_n_steps=1000", commands=pauses, crashes=[])
+    assert Path("published").read_text() == "0 3 "
 
 
 def test_betas_that_are_no_pair_are_refused_with_their_form() -> None:
