@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> int:
         options = parser.parse_args(args)
         _say(_do(options))
         if announced(options.folder) is None:  # right before a run begins; else the folder may be misspelt
-            _say(f"note: no run has been fed from {options.folder} yet; is this what its --data.feed names?")
+            _say(f"note: no run has left its classes in {options.folder}; is this what its --data.feed names?")
     except (UsageError, Failure) as error:
         return refuse(error)
     except KeyboardInterrupt:

@@ -104,7 +104,7 @@ def _value(name: str, text: str) -> Any:
             if isinstance(value, float) and not math.isfinite(value):
                 break
             return value
-    form = "; there are two, as in 'betas=[0.9,0.99]'" if name == "betas" else ""
+    form = f"; several are given as '{name}=[{text.strip('()[] ')}]'" if "," in text else ""
     raise UsageError(f"{name}: {text!r} is not a number{form}")
 
 

@@ -30,7 +30,7 @@ def feed(*args: str | Path, cwd: Path, status: int = 0) -> str:
 def test_files_and_folders_are_fed_under_their_label(tmp_path: Path) -> None:
     for name in ("one.png", "photos/two.jpg", "photos/deep/three.png", "photos/notes.txt"):
         save(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("a text")
-    note = "note: no run has been fed from dir yet; is this what its --data.feed names?\n"
+    note = "note: no run has left its classes in dir; is this what its --data.feed names?\n"
     assert feed("dir", "one.png", "photos", "--label", "cat", cwd=tmp_path) == f"fed 3 images to dir/cat\n{note}"
     fed = sorted((tmp_path / "dir/cat").iterdir())
     assert [path.name.split("-")[0] for path in fed] == ["one", "three", "two"]

@@ -234,53 +234,49 @@ def test_steering_and_publishing_can_be_turned_off(tmp_path: Path) -> None:
     assert not (tmp_path / RUN / "live").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["fit", "--publish_every_n_steps=0"], "publish_every_n_steps: 0 is out of range: at least 1 step, or null"),
-        (["validate", "--live=x", "--ckpt_path=best"], "ckpt_path and live exclude each other: give one of them"),
-        (["steer", "x", "frobnicate"], "'frobnicate': give new values (lr=0.02 batch_size=128), or one of checkpoint, "
-         "evaluate, pause, resume, stop, status, history"),
-        (["steer", "x", "lr=fast"], "lr: 'fast' is not a number"),
-        (["steer", "x", "lr=NaN"], "lr: 'NaN' is not a number"),
-        (["steer", "x", "lr=1e999"], "lr: '1e999' is not a number"),
-        (["steer", "x", "betas=0.9,0.99"], "betas: '0.9,0.99' is not a number; there are two, as in "
-         "'betas=[0.9,0.99]'"),
-        (["steer", "x", "lr=1", "lr=2"], "lr is given twice"),
-        (["steer", "x", "=3"], "'=3': the name of a value is missing, as in lr=0.02"),
-        (["steer", "x"], "the following arguments are required: WHAT; see python -m src steer --help"),
-        (["watch"], "the following arguments are required: RUN; see python -m src watch --help"),
-        (["watch", "x", "--device=tpu"], "device: 'tpu' is none of cpu, cuda, cuda:1, mps"),
-    ],
-)  # fmt: skip
-def test_a_command_that_cannot_be_is_one_line(
-    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert status_of(words) == 2
-    assert capsys.readouterr().err == f"error: {said}\n"
-    assert not list(tmp_path.iterdir())
+UNUSABLE = [
+    (["fit", "--publish_every_n_steps=0"], "publish_every_n_steps: 0 is out of range: at least 1 step, or null"),
+    (["validate", "--live=x", "--ckpt_path=best"], "ckpt_path and live exclude each other: give one of them"),
+    (["steer", "x", "frobnicate"], "'frobnicate': give new values (lr=0.02 batch_size=128), or one of checkpoint, "
+     "evaluate, pause, resume, stop, status, history"),
+    (["steer", "x", "lr=fast"], "lr: 'fast' is not a number"),
+    (["steer", "x", "lr=NaN"], "lr: 'NaN' is not a number"),
+    (["steer", "x", "lr=1e999"], "lr: '1e999' is not a number"),
+    (["steer", "x", "betas=0.9,0.99"], "betas: '0.9,0.99' is not a number; several are given as "
+     "'betas=[0.9,0.99]'"),
+    (["steer", "x", "lr=1", "lr=2"], "lr is given twice"),
+    (["steer", "x", "=3"], "'=3': the name of a value is missing, as in lr=0.02"),
+    (["steer", "x"], "the following arguments are required: WHAT; see python -m src steer --help"),
+    (["watch"], "the following arguments are required: RUN; see python -m src watch --help"),
+    (["watch", "x", "--device=tpu"], "device: 'tpu' is none of cpu, cuda, cuda:1, mps"),
+]  # fmt: skip
+NOT_THERE = [
+    (["steer", "x", "lr=1"], "x: there is no such folder; give that of a run"),
+    (["steer", ".", "history"], ". is not the folder of a run"),
+    (["steer", ".", "status"], ". is not the folder of a run"),
+    (["steer", "x", "status"], "x: there is no such folder; give that of a run"),
+    (["watch", "x"], "x: there is no such folder; give that of a run"),
+    (["watch", "."], ". is not the folder of a run: it has no config.yaml"),
+    (["watch", ".", f"--device={ABSENT}"], f"device: {ABSENT}: torch finds none on this machine; use cpu"),
+    (["predict", "--live", "x", "--data.images=y"], "live: x is not the folder of a run: it has no config.yaml"),
+    (["fit", "--replay", "x"], "replay: x is not the folder of a run: it has no config.yaml"),
+]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["steer", "x", "lr=1"], "x: there is no such folder; give that of a run"),
-        (["steer", ".", "history"], ". is not the folder of a run"),
-        (["steer", ".", "status"], ". is not the folder of a run"),
-        (["steer", "x", "status"], "x: there is no such folder; give that of a run"),
-        (["watch", "x"], "x: there is no such folder; give that of a run"),
-        (["watch", "."], ". is not the folder of a run: it has no config.yaml"),
-        (["watch", ".", f"--device={ABSENT}"], f"device: {ABSENT}: torch finds none on this machine; use cpu"),
-        (["predict", "--live", "x", "--data.images=y"], "live: x is not the folder of a run: it has no config.yaml"),
-        (["fit", "--replay", "x"], "replay: x is not the folder of a run: it has no config.yaml"),
-    ],
+    ("words", "status", "said"),
+    [*((words, 2, said) for words, said in UNUSABLE), *((words, 1, said) for words, said in NOT_THERE)],
 )
-def test_a_run_that_is_not_there_is_one_line(
-    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_command_that_cannot_be_or_a_run_that_is_not_there_is_one_line(
+    words: list[str],
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert status_of(words) == 1
+    assert status_of(words) == status
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not list(tmp_path.iterdir())
 

@@ -36,6 +36,16 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_is_said_after_the_end_is_not_shown_where_triton_is_loaded(loaded: bool, tmp_path: Path) -> None:
+    late = "import atexit, os, sys, types\natexit.register(os.write, 2, b'leaked')\n"
+    late += "sys.modules['triton'] = types.ModuleType('triton')\n" if loaded else ""
+    (tmp_path / "sitecustomize.py").write_text(late)
+    done = run_src("steer", "x", "lr=1", cwd=tmp_path, status=1, PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}")
+    said = "error: x: there is no such folder; give that of a run\n"
+    assert done.stderr == (said if loaded else f"{said}leaked")
+
+
 @pytest.fixture
 def run(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run of the tiny fit; the test works in the folder that it ran in."""
