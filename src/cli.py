@@ -63,7 +63,7 @@ from src.checks import check_classes, check_config, check_run
 from src.classifier import ImageClassifier
 from src.data import ImageData
 from src.errors import Failure, Interrupted, UsageError, refuse, visible
-from src.hardware import default_precision, describe, is_out_of_memory, keep_pages
+from src.hardware import default_precision, describe, is_out_of_memory, keep_pages, take_one_thread
 from src.leftovers import leftovers
 from src.live.journal import Journal
 from src.live.replay import names_of
@@ -230,6 +230,8 @@ class CLI(LightningCLI):
         self.device = check_config(command, self.config[command])
         if self.device == "cpu":
             keep_pages()
+        elif self.device == "cuda" and command == "fit":
+            take_one_thread()
         trainer = self.config[command].trainer
         self.chosen = trainer.precision is None
         if self.chosen:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.cli import main
-from src.hardware import Used, contention, used
+from src.hardware import Used, contention, take_one_thread, used
 from tests.conftest import TINY
 
 
@@ -46,6 +46,17 @@ def test_what_this_process_uses_is_counted() -> None:
     assert now
     assert now.by_this - before.by_this >= 0.1
     assert now.by_all >= before.by_all
+
+
+def test_what_the_host_does_for_a_gpu_takes_one_thread_unless_a_number_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for given, due in (("3", []), ("", [1])):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        take_one_thread()
+        assert (taken, os.environ["OMP_NUM_THREADS"]) == (due, given or "1")
 
 
 def test_a_fit_says_it_once(

@@ -86,7 +86,8 @@ class Resume(pl.Callback):
                 self._check_place(len(data.split()[0]))
         self._resumed = True
         was, now = checkpoint["machine"], _machine(trainer)
-        changes = [f"{name} {was[name]} before and {now[name]} now" for name in now if was[name] != now[name]]
+        other = [name for name in now if was.get(name, now[name]) != now[name]]
+        changes = [f"{name} {was[name]} before and {now[name]} now" for name in other]
         if changes and trainer.is_global_zero:
             sys.stdout.write(
                 f"note: {', '.join(changes)}: this resumes to within rounding errors, not to the last bit\n"
@@ -256,12 +257,12 @@ def data_of(trainer: pl.Trainer) -> ImageData:
 
 
 def _machine(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what the last bits of a sum depend on."""
+    """Return what the last bits of a sum depend on; not the threads of the host, where a GPU sums."""
     device = trainer.strategy.root_device.type
     kind = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "torch": str(torch.__version__),
         "device": f"{device} {kind}",
-        "threads": torch.get_num_threads(),
+        **({} if device == "cuda" else {"threads": torch.get_num_threads()}),
         "processes": trainer.world_size,
     }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from src.callbacks.checkpoint import Checkpoint
+from src.callbacks.resume import _machine
 from src.checkpoint_io import manifest
 from src.classifier import ImageClassifier
 from src.cli import main
@@ -502,11 +504,17 @@ def test_a_validation_that_was_due_comes_first_whatever_the_batches_are_from_the
     assert [step for step, _ in curves(RUN)["val/loss"]] == [6, 14]
 
 
+def test_on_a_gpu_the_threads_of_the_host_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), world_size=1)
+    assert _machine(trainer) == {"torch": torch.__version__, "device": "cuda H200", "processes": 1}
+
+
 @pytest.mark.usefixtures("stopped")
 def test_another_number_of_threads_is_noted_as_it_rounds_otherwise() -> None:
     torch.set_num_threads(2)
     try:
-        done = resume("--trainer.max_epochs=1")
+        done = resume("--trainer.max_epochs=1", "--trainer.accelerator=cpu")
     finally:
         torch.set_num_threads(1)
     assert done.status == 0
