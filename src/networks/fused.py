@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
 from src.networks.native import call, compiled
+from src.networks.pool import max_pool2
 
 
 def pool_norm_gelu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool) -> Tensor:
@@ -41,7 +42,7 @@ def pool_norm_gelu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool) -> Tensor:
 
 def plain_pool_norm_gelu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool) -> Tensor:
     """Return the same by torch's own operations."""
-    return F.gelu(norm(F.max_pool2d(x, 2) if pool else x))
+    return F.gelu(norm(max_pool2(x) if pool else x))
 
 
 def _pool_and_sum(x: Tensor, pool: bool, library: ctypes.CDLL) -> tuple[Tensor, Tensor | None, Tensor]:
