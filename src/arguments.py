@@ -142,6 +142,8 @@ def check_shape(config: Any, name: str) -> None:
             raise UsageError(f"config: {name}: the key {key!r} is not a text")
         if key in ("trainer", "model", "checkpoint", "guard") and not isinstance(value, dict):
             raise UsageError(f"{key}: {value!r} is not valid; expected keys and values ({name})")
+        if key == "config" and value is not None:
+            raise UsageError(f"config: {name} names another config, which is not read; give --config for each")
         if key == "data" and not isinstance(value, (dict, str)):
             raise UsageError(f"data: {value!r} is not valid; expected a class, or class_path and init_args ({name})")
         for dotted, found in _classes(value, key):

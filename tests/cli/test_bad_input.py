@@ -313,6 +313,7 @@ BAD_CONFIGS = [
     ("trainer:\n  max_epochs: 1\n  max_epochs: 2", "config: bad.yaml: max_epochs is given twice, in lines 2, 3"),
     ("trainer: [max_epochs: 3]", "trainer: [{'max_epochs': 3}] is not valid; expected keys and values (bad.yaml)"),
     ("model: 3", "model: 3 is not valid; expected keys and values (bad.yaml)"),
+    ("config: [a.yaml]", "config: bad.yaml names another config, which is not read; give --config for each"),
     ("checkpoint: null", "checkpoint: None is not valid; expected keys and values (bad.yaml)"),
     ("data: [1]", "data: [1] is not valid; expected a class"),
     ("model: {network: null}", "model.network: it has to be given"),
