@@ -1,9 +1,12 @@
 """What the tests share: the command line, run as a user runs it, and the real CIFAR-10 where it is at hand."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,19 @@ def run_src(*args: str | Path, cwd: Path, status: int = 0, **environment: str) -
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def help_of(*command: str) -> str:
+    """Return the help of a sub-command, its words parted by single spaces; found in this process, which is faster."""
+    from src.__main__ import _LIGHT
+
+    run = import_module(_LIGHT.get(command[0] if command else "", "src.cli")).main
+    words = command[1:] if command and command[0] in _LIGHT else command
+    said = io.StringIO()
+    with redirect_stdout(said), pytest.raises(SystemExit) as end:
+        run([*words, "--help"])
+    assert not end.value.code
+    return " ".join(said.getvalue().split())
 
 
 @pytest.fixture(scope="session")

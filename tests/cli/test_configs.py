@@ -11,7 +11,7 @@ import yaml
 from src.arguments import check_nesting
 from src.cli import main
 from src.errors import UsageError
-from tests.conftest import CONFIGS, TINY, run_src
+from tests.conftest import CONFIGS, TINY, help_of, run_src
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
@@ -226,9 +226,9 @@ def test_the_version_and_the_help_are_printed(tmp_path: Path) -> None:
 
 def test_the_help_of_an_evaluation_leaves_out_what_is_for_fits_but_their_configs_are_taken(tmp_path: Path) -> None:
     options = ("--chunk_size", "--cuda_graph", "--guard.on_nonfinite", "--checkpoint.monitor", "--new_run")
-    text = run_src("test", "--help", cwd=tmp_path).stdout
+    text = help_of("test")
     assert "--live" in text and not any(option in text for option in options)
-    text = run_src("fit", "--help", cwd=tmp_path).stdout
+    text = help_of("fit")
     assert all(option in text for option in options)
     config = CONFIGS / "speed94_gpu.yaml"
     done = run_src("test", f"--config={config}", "--chunk_size=2", "--guard.lr_factor=0.5", cwd=tmp_path, status=2)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from src.live.feed import announce
-from tests.conftest import REPOSITORY, run_src
+from tests.conftest import REPOSITORY, help_of, run_src
 
 
 def save(path: Path) -> Path:
@@ -98,6 +98,6 @@ def test_it_starts_at_once_and_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_its_help_names_what_it_does() -> None:
-    said = run_src("feed", "--help", cwd=REPOSITORY).stdout
+    said = help_of("feed")
     for word in ("--label CLASS", "--relabel ID CLASS", "--drop ID", "IMAGE"):
         assert word in said

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.live import shared_memory
 from src.live.journal import Journal
 from src.live.weights import LiveWeights
-from tests.conftest import REPOSITORY, TINY, run_src
+from tests.conftest import REPOSITORY, TINY, help_of, run_src
 
 RUN = Path("lightning_logs/version_0")
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
@@ -291,14 +291,14 @@ def status_of(words: list[str]) -> int:
         return int(str(exit_.code))
 
 
-def test_the_help_tells_what_there_is(tmp_path: Path) -> None:
-    assert "steer RUN lr=0.02" in " ".join(run_src("--help", cwd=tmp_path).stdout.split())
-    told = run_src("steer", "--help", cwd=tmp_path).stdout
+def test_the_help_tells_what_there_is() -> None:
+    assert "steer RUN lr=0.02" in help_of()
+    told = help_of("steer")
     assert all(word in told for word in ("label_smoothing=0.1", "'betas=[0.9,0.99]'", "eps=1e-8"))
-    assert "--once" in run_src("watch", "--help", cwd=tmp_path).stdout
-    of_fit = run_src("fit", "--help", cwd=tmp_path).stdout
+    assert "--once" in help_of("watch")
+    of_fit = help_of("fit")
     assert all(name in of_fit for name in ("--publish_every_n_steps", "--steering", "--replay"))
-    assert "--live" in run_src("predict", "--help", cwd=tmp_path).stdout
+    assert "--live" in help_of("predict")
 
 
 def test_commands_are_plain_files_that_any_program_can_write(tmp_path: Path) -> None:
