@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import CORES, ROOT, Case, MissingError, Sample, Samples, alternate, prepares, process, write
+from benchmarks.paired import ROOT, Case, MissingError, Sample, Samples, alternate, prepares, process, write
 
 
 def time94(o: argparse.Namespace) -> None:
@@ -59,7 +59,7 @@ def images(o: argparse.Namespace) -> None:
         name = "ours" + way
         cases[name] = lambda _, more=more: _run(o, "-m", "benchmarks.steps", "ours", *size, *more)  # type: ignore[misc]
     pairs = [("images/s", name, "the seed's loop") for name in cases]
-    write("gpu_images", _what(images), "images/s", _at_once(cases, 1), pairs[1:], threads=CORES)
+    write("gpu_images", _what(images), "images/s", _at_once(cases, 1), pairs[1:], threads=None)
 
 
 def sync(o: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def sync(o: argparse.Namespace) -> None:
     }
     found = _at_once(cases, 1)
     broken = found[1] or any("broken off" in sample for samples in found[0].values() for sample in samples)
-    write("gpu_sync", _what(sync), "ms a step", found, threads=CORES, passes=not broken and not o.smoke)
+    write("gpu_sync", _what(sync), "ms a step", found, threads=None, passes=not broken and not o.smoke)
 
 
 def user(o: argparse.Namespace) -> None:
@@ -91,10 +91,10 @@ def user(o: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             words = ["-m", "src", "fit", f"--config=configs/{config}.yaml", *cut]
             words += [f"--data.root={o.root}", f"--trainer.default_root_dir={folder}"]
-            return process([sys.executable, *words], threads=CORES, terminal=True, timeout=_left(o))
+            return process([sys.executable, *words], threads=None, terminal=True, timeout=_left(o))
 
     cases: dict[str, Case] = {name: lambda _, name=name: fit(name) for name in ("speed94_gpu", "speed96")}  # type: ignore[misc]
-    write("gpu_user", _what(user), "process seconds", alternate(cases, 1), threads=CORES)
+    write("gpu_user", _what(user), "process seconds", alternate(cases, 1), threads=None)
 
 
 def resume(o: argparse.Namespace) -> None:
@@ -114,7 +114,7 @@ def resume(o: argparse.Namespace) -> None:
             lasts = [run / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt" for run in runs]
             command = [sys.executable, "-m", "src", "fit"]
             whole, killed = ([*command, *options, *way, f"--trainer.default_root_dir={run}"] for run in runs)
-            took = process(whole, threads=CORES, timeout=_left(o))
+            took = process(whole, threads=None, timeout=_left(o))
             child = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL)
             while not lasts[1].is_file() and child.poll() is None and _left(o) > 1:
                 time.sleep(0.001)
@@ -125,7 +125,7 @@ def resume(o: argparse.Namespace) -> None:
             import torch  # here: the time that it takes is not that of the others
 
             at = torch.load(lasts[1], weights_only=True)["global_step"]
-            process([*command, f"--ckpt_path={lasts[1]}"], threads=CORES, timeout=_left(o))
+            process([*command, f"--ckpt_path={lasts[1]}"], threads=None, timeout=_left(o))
             one, two = (torch.load(last, weights_only=True)["state_dict"] for last in lasts)
             differ = sum(not torch.equal(one[name], two[name]) for name in one)
             return took | {"killed after step": at, "tensors that differ": differ}
@@ -133,7 +133,7 @@ def resume(o: argparse.Namespace) -> None:
     recorded = ["--model.optimizer.fused=true", "--cuda_graph=true"]
     cases: dict[str, Case] = {"ours": lambda _: fit(), "ours, recorded": lambda _: fit(*recorded)}
     found = _at_once(cases, 1)
-    write("gpu_resume", _what(resume), "tensors that differ", found, threads=CORES)
+    write("gpu_resume", _what(resume), "tensors that differ", found, threads=None)
 
 
 def live(o: argparse.Namespace) -> None:
@@ -144,7 +144,7 @@ def live(o: argparse.Namespace) -> None:
     ways = {"off": ["--publish_every_n_steps=null", "--steering=false"], "on": ["--publish_every_n_steps=10"]}
     cases: dict[str, Case] = {name: lambda _, more=more: _run(o, *words, *more) for name, more in ways.items()}  # type: ignore[misc]
     found = _at_once(cases, 1 if o.smoke else 2)
-    write("gpu_live", _what(live), "ms a step", found, [("ms a step", "on", "off")], threads=CORES)
+    write("gpu_live", _what(live), "ms a step", found, [("ms a step", "on", "off")], threads=None)
 
 
 def _recipe(o: argparse.Namespace, name: str, runs: int, what: str, turn_within: float, gives_way: float = 0.0) -> None:
@@ -163,7 +163,7 @@ def _recipe(o: argparse.Namespace, name: str, runs: int, what: str, turn_within:
     measured = {"ours": found}, missing
     figures: dict[str, Any] = {"means": means, "standard_deviations": stds}
     figures |= {"alone": "beside others" not in samples["ours"][0]} if found else {}
-    write(f"gpu_time{name[5:7]}", what, "seconds", measured, threads=CORES, **figures)
+    write(f"gpu_time{name[5:7]}", what, "seconds", measured, threads=None, **figures)
 
 
 def _at_once(cases: dict[str, Case], rounds: int) -> tuple[Samples, dict[str, str]]:
@@ -184,7 +184,7 @@ def _run(o: argparse.Namespace, *words: str, turn_within: float = 0.8, gives_way
     command = [sys.executable, *words, f"--root={o.root}"]
     left, terminal = _left(o), "benchmarks.steps" in words
     return process(
-        command, threads=CORES, terminal=terminal, timeout=left, turn_within=turn_within * left, gives_way=gives_way
+        command, threads=None, terminal=terminal, timeout=left, turn_within=turn_within * left, gives_way=gives_way
     )
 
 

@@ -36,7 +36,7 @@ together() { # parts and their seconds, in pairs
     done
 }
 more=("$@")
-together sync 120 resume 120 time94 260 time96 320
-together images 75 live 75
+together sync 120 resume 120 time94 235 time96 290
+together images 100 live 100
 together user 85
 exit $status

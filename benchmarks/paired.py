@@ -72,7 +72,7 @@ def alternate(cases: Mapping[str, Case], rounds: int) -> tuple[Samples, dict[str
 def process(
     command: Sequence[str],
     *,
-    threads: int,
+    threads: int | None,
     terminal: bool = False,
     timeout: float = 3600,
     turn_within: float = 3600,
@@ -82,7 +82,7 @@ def process(
 
     Args:
         command: The program and its arguments.
-        threads: What it finds in ``OMP_NUM_THREADS``.
+        threads: What it finds in ``OMP_NUM_THREADS``; none: it finds nothing there.
         terminal: Let its standard output be a terminal: there is a progress bar only in one.
         timeout: Seconds after which it is killed, with all that it started.
         turn_within: Seconds within which `my_turn` returns in it, at the latest.
@@ -102,7 +102,7 @@ def process(
         if terminal:
             ours, theirs = pty.openpty()
             termios.tcsetwinsize(theirs, (40, 140))
-        hidden = ("COLUMNS", "NO_COLOR", "CI")
+        hidden = ("COLUMNS", "NO_COLOR", "CI", "OMP_NUM_THREADS")
         turn = prepares()
         inherits = {} if turn is None else {_TURN: f"{turn} {time.monotonic() + turn_within} {gives_way}"}
         begun = time.perf_counter()
@@ -111,7 +111,7 @@ def process(
             cwd=ROOT,
             env={
                 **{k: v for k, v in os.environ.items() if k not in hidden},
-                "OMP_NUM_THREADS": str(threads),
+                **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
                 "TERM": "xterm-256color",
                 **inherits,
             },
@@ -264,7 +264,7 @@ def write(
     measured: tuple[Samples, dict[str, str]],
     comparisons: Sequence[tuple[str, str, str]] = (),
     *,
-    threads: int,
+    threads: int | None,
     lines: Sequence[tuple[str, Sequence[tuple[float, str]]]] = (),
     **more: Any,
 ) -> None:
@@ -276,7 +276,7 @@ def write(
         key: The figure that is plotted, with its unit; one of those in a sample.
         measured: What `alternate` returned.
         comparisons: Figure, case and the case that it is compared with.
-        threads: The threads that each process was given.
+        threads: The threads that each process was given; none: what it takes by itself.
         lines: Instead of a bar for each case, plot lines: a label, and points of x and the case whose median is y.
         more: Further figures.
     """
@@ -309,7 +309,7 @@ def write(
     print(f"written: {folder / name}.json, {name}.png")
 
 
-def header(what: str, threads: int, n: int) -> dict[str, Any]:
+def header(what: str, threads: int | None, n: int) -> dict[str, Any]:
     """Say what was measured, how, on what, with what, how often and when."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = re.search(r"^model name\s*: (.+)$", cpuinfo, re.M)
@@ -334,7 +334,7 @@ def header(what: str, threads: int, n: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "cpu": f"{model[1] if model else platform.processor()}, {CORES} of {os.cpu_count()} cores",
         "units": [unit for unit in units if flags and unit in flags[1].split()],
-        "threads": threads,
+        "threads": threads or "default",
         "load average": round(os.getloadavg()[0], 2),
         "gpu": gpu,
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
