@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from src.cli import main
+from src.errors import Failure
 from src.hardware import Used, contention, take_one_thread, used
 from tests.conftest import TINY
 
@@ -57,6 +58,19 @@ def test_what_the_host_does_for_a_gpu_takes_one_thread_unless_a_number_is_given(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         take_one_thread()
         assert (taken, os.environ["OMP_NUM_THREADS"]) == (due, given or "1")
+
+
+def test_a_fit_on_a_gpu_takes_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def taken() -> None:
+        raise Failure("it was taken")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("src.cli.take_one_thread", taken)
+    monkeypatch.setattr("src.cli.check_config", lambda *_: "cuda")
+    assert main(["fit", *TINY]) == 1
+    assert capsys.readouterr().err == "error: it was taken\n"
 
 
 def test_a_fit_says_it_once(

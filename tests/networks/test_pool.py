@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 
+from src.networks.fused import plain_pool_norm_gelu
 from src.networks.pool import max_pool2
 from tests.conftest import REPOSITORY
 
@@ -62,6 +65,41 @@ def test_the_kernels_can_be_compiled_for_a_gpu(
         signature = kinds | dict.fromkeys(sizes, "constexpr")
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=sizes)
         assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options=_OPTIONS).asm
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
+@pytest.mark.parametrize(
+    ("compiles", "exports", "layout", "dtype", "ours"),
+    [
+        (True, False, torch.channels_last, torch.bfloat16, True),
+        (True, False, torch.channels_last, torch.float64, False),
+        (True, False, torch.contiguous_format, torch.bfloat16, False),
+        (False, False, torch.channels_last, torch.bfloat16, False),
+        (True, True, torch.channels_last, torch.bfloat16, False),
+    ],
+)
+def test_a_network_that_is_compiled_for_a_gpu_pools_by_them(
+    compiles: bool,
+    exports: bool,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    ours: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiles)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exports)
+    called: list[Tensor] = []
+
+    def pool(x: Tensor) -> tuple[Tensor, None]:
+        called.append(x)
+        return F.max_pool2d(x, 2), None
+
+    monkeypatch.setattr("src.networks.pool.pool", pool)
+    with FakeTensorMode():  # which needs no GPU
+        x = torch.empty(2, 24, 31, 31, dtype=dtype, device="cuda").contiguous(memory_format=layout)
+        y = plain_pool_norm_gelu(x, nn.BatchNorm2d(24, dtype=dtype, device="cuda"), pool=True)
+    assert y.shape == (2, 24, 15, 15)
+    assert bool(called) == ours
 
 
 def test_on_a_cpu_torch_pools() -> None:
